@@ -1,0 +1,89 @@
+"""What the core asks of a domain, and where the domains are found."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from contrastive_mm.errors import unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from contrastive_mm.batches import Batches
+    from contrastive_mm.views import ViewMaker
+
+DOMAINS = {
+    "nlp": "contrastive_mm.nlp.domain:TextDomain",
+    "rl": "contrastive_mm.rl.domain:ObservationDomain",
+    "vision": "contrastive_mm.vision.domain:ImageDomain",
+}
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Features with what they are features of.
+
+    Attributes:
+        features: (N, D) float32.
+        ids: N names, unique in their source: a path, a row number, a frame.
+        labels: N class names or numbers by which pictures are coloured; None where there is none.
+        previews: N sentences, or N uint8 images of (H, W, 3), to show as neighbours.
+    """
+
+    features: Tensor
+    ids: list[str]
+    labels: list[str] | list[float] | None
+    previews: Sequence[Any]
+
+
+class Domain(Protocol):
+    """Everything that is particular to one kind of data.
+
+    Made from its options (``config_class``, a dataclass), a seed, and a folder with what an earlier run of it
+    saved (None in a new run). Its ``config`` then holds the options with every default decided, so that a saved
+    configuration fits its encoder whatever data it is used on.
+    """
+
+    config_class: ClassVar[type[Any]]
+    default_method: ClassVar[str]
+    config: Any
+    make_views: ViewMaker
+
+    def __init__(self, config: Any, seed: int, saved: Path | None = None) -> None: ...
+
+    def build_encoder(self) -> nn.Module:
+        """A new encoder with an integer ``feature_dim``, initialised from torch's global random state."""
+        ...
+
+    def train_batches(self) -> Batches:
+        """Raw training batches, an epoch an iteration."""
+        ...
+
+    def evaluate(self, encoder: nn.Module | None) -> dict[str, float]:
+        """Scores of frozen features on data held back from training; of the raw input where encoder is None."""
+        ...
+
+    def embed(self, encoder: nn.Module | None, everything: bool = False) -> Embeddings:
+        """Embed the part held back from training (all where none is), or everything; raw input for None."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Keep what the options alone don't give back, such as a tokenizer."""
+        ...
+
+
+def load_domain(name: str) -> type[Domain]:
+    """Import the domain of a name; nothing of another domain is imported.
+
+    Raises:
+        UserError: there is none; the message offers the nearest name.
+    """
+    if name not in DOMAINS:
+        raise unknown_name("domain", name, DOMAINS)
+    module, _, attribute = DOMAINS[name].partition(":")
+    domain: type[Domain] = getattr(importlib.import_module(module), attribute)
+    return domain

@@ -1,0 +1,32 @@
+"""The shape of a cloud of features; needs no labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def alignment(first: Float[Tensor, "batch dim"], second: Float[Tensor, "batch dim"]) -> float:
+    """Mean squared distance of positives on the unit sphere (Wang and Isola 2020, section 4.1); lower is closer."""
+    return float((F.normalize(first, dim=1) - F.normalize(second, dim=1)).square().sum(1).mean())
+
+
+def uniformity(features: Float[Tensor, "batch dim"]) -> float:
+    """Log of the mean pairwise Gaussian potential, t = 2 (Wang and Isola 2020, section 4.2).
+
+    0 where all features are one point; towards -4 where they spread evenly over a sphere of many dimensions.
+    """
+    distances = torch.pdist(F.normalize(features, dim=1))
+    return float(distances.square().mul(-2).exp().mean().log())
+
+
+def effective_rank(features: Float[Tensor, "batch dim"]) -> float:
+    """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007).
+
+    1 where features lie on a line, D where every dimension is used alike; the mean is taken off first.
+    """
+    values = torch.linalg.svdvals(features - features.mean(0))
+    share = values / values.sum().clamp_min(1e-12)
+    return float(torch.special.entr(share).sum().exp())

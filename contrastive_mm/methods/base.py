@@ -1,0 +1,72 @@
+"""What every method is: an encoder to keep, an objective over views, and what follows an optimizer's step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from contrastive_mm.errors import UserError
+from contrastive_mm.views import Views
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a method computes from views.
+
+    Attributes:
+        loss: scalar to minimise.
+        metrics: further scalars worth a curve, detached.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Method(nn.Module, ABC):
+    """A contrastive method around an encoder.
+
+    ``forward`` reads banks and momentum encoders and never writes them; ``after_step``, called once after each
+    optimizer step, writes them. Weights, banks and counters are all in ``state_dict``.
+
+    Args:
+        encoder: maps one view's inputs to (B, ``encoder.feature_dim``); it is what a user keeps.
+        config: the method's options.
+
+    Raises:
+        UserError: the encoder has no integer ``feature_dim``.
+    """
+
+    config_class: ClassVar[type[Any]]
+    encoder: nn.Module
+
+    def __init__(self, encoder: nn.Module, config: Any) -> None:
+        super().__init__()
+        if not isinstance(getattr(encoder, "feature_dim", None), int):
+            raise UserError(
+                f"{type(encoder).__name__} has no integer `feature_dim`: set it to the number of columns of the "
+                "encoder's output, so that the method can size its head."
+            )
+        self.encoder = encoder
+        self.config = config
+
+    @property
+    def feature_dim(self) -> int:
+        """Dimensions of the encoder's output."""
+        return int(self.encoder.feature_dim)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def forward(self, views: Views) -> Objective:
+        """Compute the objective of one batch of views."""
+
+    def after_step(self) -> None:
+        """Update banks and momentum encoders; call it after the optimizer's step."""
+
+
+def positive_similarity(first: Float[Tensor, "batch dim"], second: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """Mean cosine between the two features of each sample: near 1 the views look alike to the model."""
+    return F.cosine_similarity(first.detach().float(), second.detach().float()).mean()

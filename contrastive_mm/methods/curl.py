@@ -1,0 +1,56 @@
+"""CURL: bilinear similarity between crops of one observation, keys from a momentum encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from contrastive_mm.heads import BilinearSimilarity, LayerNormHead
+from contrastive_mm.losses import info_nce
+from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.momentum import MomentumEncoder
+from contrastive_mm.views import Views
+
+
+@dataclass(frozen=True)
+class CURLConfig:
+    """CURL's contrastive objective (Laskin et al. 2020)."""
+
+    latent_dim: int = 50
+    """Dimensions of the latent in which crops are compared."""
+    momentum: float = 0.95
+    """Share of the key encoder kept at each step (the paper's tau of 0.05)."""
+
+
+class CURL(Method):
+    """The contrastive objective of CURL (Laskin et al. 2020, arXiv 2004.04136, section 4 and equation 4).
+
+    Queries and keys are (linear, LayerNorm) latents of two crops, compared by ``q W k`` without temperature,
+    against the other keys of the batch. The paper's figure has no LayerNorm, its code does: it bounds the
+    features, which the bilinear form needs.
+    """
+
+    config_class = CURLConfig
+
+    def __init__(self, encoder: nn.Module, config: CURLConfig | None = None) -> None:
+        config = config or CURLConfig()
+        super().__init__(encoder, config)
+        self.projector = LayerNormHead(self.feature_dim, config.latent_dim)
+        self.bilinear = BilinearSimilarity(config.latent_dim)
+        self.momentum_encoder = MomentumEncoder(self._online(), config.momentum)
+
+    def _online(self) -> nn.Sequential:
+        return nn.Sequential(self.encoder, self.projector)
+
+    def forward(self, views: Views) -> Objective:
+        """InfoNCE of anchors with their positive crop against the batch's other crops."""
+        anchor, positive = views.require_pair("CURL")
+        query = self.projector(self.encoder(anchor))
+        key = self.momentum_encoder(positive)
+        loss = info_nce(self.bilinear(query), key, temperature=1.0, similarity="dot")
+        return Objective(loss, {"positive_similarity": positive_similarity(query, key)})
+
+    def after_step(self) -> None:
+        """Move the key encoder."""
+        self.momentum_encoder.update(self._online())

@@ -1,0 +1,83 @@
+"""MoCo: a queue of earlier keys as negatives, encoded by a momentum encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from contrastive_mm.heads import ProjectionHead
+from contrastive_mm.losses import info_nce
+from contrastive_mm.memory import FeatureQueue
+from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.momentum import MomentumEncoder
+from contrastive_mm.views import Views
+
+
+@dataclass(frozen=True)
+class MoCoConfig:
+    """MoCo (He et al. 2020) with the two-layer head of MoCo v2 (Chen et al. 2020b)."""
+
+    temperature: float = 0.2
+    """Divides the cosine similarity: 0.07 in MoCo v1, 0.2 in v2."""
+    queue_size: int = 4096
+    """Keys kept as negatives (65,536 on ImageNet). Keep it below the size of the data set: a longer queue
+    holds every sample's own keys and pushes them away."""
+    momentum: float = 0.99
+    """Share of the key encoder kept at each step (0.999 with ImageNet's long schedules)."""
+    hidden_dim: int = 512
+    """Width of the projection head's hidden layer."""
+    projection_dim: int = 128
+    """Dimensions in which query and key are compared."""
+
+
+class MoCo(Method):
+    """MoCo (He et al. 2020, arXiv 1911.05722, algorithm 1) with MoCo v2's head (arXiv 2003.04297).
+
+    The first view gives the queries, the second the keys. Keys are read from the queue before the new ones are
+    pushed, so that no positive is also a negative. Where the released code starts from a queue of random unit
+    vectors, this queue starts empty; in the very first step the batch's other keys are the negatives.
+
+    The released code shuffles samples among GPUs for BatchNorm. On one device both encoders normalise over the
+    whole batch, and there is nothing to shuffle.
+    """
+
+    config_class = MoCoConfig
+
+    def __init__(self, encoder: nn.Module, config: MoCoConfig | None = None) -> None:
+        config = config or MoCoConfig()
+        super().__init__(encoder, config)
+        self.temperature = config.temperature
+        self.projector = ProjectionHead(self.feature_dim, config.hidden_dim, config.projection_dim, batch_norm=False)
+        self.momentum_encoder = MomentumEncoder(self._online(), config.momentum)
+        self.queue = FeatureQueue(config.queue_size, config.projection_dim)
+        self._new_keys: list[Tensor] = []
+
+    def _online(self) -> nn.Sequential:
+        return nn.Sequential(self.encoder, self.projector)
+
+    def forward(self, views: Views) -> Objective:
+        """InfoNCE of each query with its key against the queue."""
+        first, second = views.require_pair("MoCo")
+        query: Any = self.projector(self.encoder(first))
+        key = self.momentum_encoder(second)
+        queued = len(self.queue)
+        loss = info_nce(
+            query,
+            key,
+            negatives=self.queue.features() if queued else None,
+            temperature=self.temperature,
+            in_batch_negatives=not queued,
+        )
+        if self.training:
+            self._new_keys.append(F.normalize(key.float(), dim=1))
+        return Objective(loss, {"positive_similarity": positive_similarity(query, key)})
+
+    def after_step(self) -> None:
+        """Move the key encoder, then put this step's keys into the queue."""
+        self.momentum_encoder.update(self._online())
+        for keys in self._new_keys:
+            self.queue.push(keys)
+        self._new_keys.clear()

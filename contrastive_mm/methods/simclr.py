@@ -1,0 +1,49 @@
+"""SimCLR: every other view in the batch is a negative."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from contrastive_mm.heads import ProjectionHead
+from contrastive_mm.losses import nt_xent
+from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.views import Views, encode_views
+
+
+@dataclass(frozen=True)
+class SimCLRConfig:
+    """SimCLR (Chen et al. 2020)."""
+
+    temperature: float = 0.1
+    """Divides the cosine similarity; lower looks harder at the nearest negatives."""
+    hidden_dim: int = 512
+    """Width of the projection head's hidden layer (2048 with a ResNet-50 in the paper)."""
+    projection_dim: int = 128
+    """Dimensions in which views are compared."""
+
+
+class SimCLR(Method):
+    """SimCLR (Chen et al. 2020, arXiv 2002.05709): NT-Xent over two views of each sample (equation 1).
+
+    The head follows the released code, which puts BatchNorm behind the hidden layer where the paper's figure
+    shows a plain two-layer perceptron. The encoder's output before the head is the representation (section 4.2).
+    """
+
+    config_class = SimCLRConfig
+
+    def __init__(self, encoder: nn.Module, config: SimCLRConfig | None = None) -> None:
+        config = config or SimCLRConfig()
+        super().__init__(encoder, config)
+        self.temperature = config.temperature
+        self.projector = ProjectionHead(self.feature_dim, config.hidden_dim, config.projection_dim)
+
+    def forward(self, views: Views) -> Objective:
+        """NT-Xent between the two views."""
+        first, second = encode_views(self._project, views.require_pair("SimCLR"))
+        loss = nt_xent(first, second, self.temperature)
+        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+
+    def _project(self, inputs: object) -> object:
+        return self.projector(self.encoder(inputs))

@@ -1,0 +1,186 @@
+"""A run is a folder: pretrain into it, evaluate it, embed with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from contrastive_mm.checkpoint import load_encoder, write_atomically
+from contrastive_mm.configuration import CONFIG_FILE, RunConfig, load_run_config
+from contrastive_mm.domain import Domain, Embeddings, load_domain
+from contrastive_mm.errors import UserError
+from contrastive_mm.methods import get_method
+from contrastive_mm.metrics import read_metrics
+from contrastive_mm.report import Page, loss_plot, map_plot, neighbour_table, score_table
+from contrastive_mm.training import Trainer
+
+METRICS_FILE = "metrics.jsonl"
+ENCODER_FILE = "encoder.safetensors"
+EVALUATION_FILE = "evaluation.json"
+REPORT_FILE = "report.html"
+RUN_PARTS = (
+    CONFIG_FILE,
+    METRICS_FILE,
+    ENCODER_FILE,
+    EVALUATION_FILE,
+    REPORT_FILE,
+    "checkpoints",
+    "tokenizer",
+)
+
+REPRESENTATIONS = ("untrained encoder", "raw input", "trained encoder")
+
+
+def _claim_folder(output: Path, resume: bool, overwrite: bool) -> None:
+    """Make sure that a run may write here, before any work is done."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a folder.")
+    held = [name for name in RUN_PARTS if (output / name).exists()]
+    if held and overwrite and not resume:
+        for name in held:
+            part = output / name
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    elif held and not resume:
+        raise UserError(
+            f"{output} already holds a run ({', '.join(held)}). Continue it with --resume, replace it with "
+            "--overwrite, or choose another --output."
+        )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / ".write-test").touch()
+        (output / ".write-test").unlink()
+    except OSError as error:
+        raise UserError(f"--output {output} can't be written to: {error}") from error
+
+
+def untrained_encoder(domain: Domain, seed: int) -> nn.Module:
+    """The encoder as a run with this seed begins with it."""
+    torch.manual_seed(seed)
+    return domain.build_encoder()
+
+
+def pretrain(
+    config: RunConfig[Any, Any], output: Path, resume: bool = False, overwrite: bool = False
+) -> dict[str, float]:
+    """Train an encoder as a configuration says.
+
+    Args:
+        config: what to train on what, and how.
+        output: folder of the run.
+        resume: continue from the newest checkpoint there.
+        overwrite: replace the run there.
+
+    Returns:
+        As ``Trainer.train``.
+
+    Raises:
+        UserError: the folder holds a run already, or the data, encoder or options don't fit.
+    """
+    _claim_folder(output, resume, overwrite)
+    seed = config.trainer.seed
+    saved = output if resume and (output / "tokenizer").exists() else None
+    domain = load_domain(config.domain)(config.domain_options, seed, saved)
+    encoder = untrained_encoder(domain, seed)
+    method = get_method(config.method)(encoder, config.method_options)
+    trainer = Trainer(method, domain.make_views, domain.train_batches(), config.trainer, output)
+    dataclasses.replace(config, domain_options=domain.config).save(output / CONFIG_FILE)
+    domain.save(output)
+    return trainer.train(resume)
+
+
+def open_run(run: Path, data: str | None = None) -> tuple[RunConfig[Any, Any], Domain]:
+    """A run's configuration and its domain, on the data that it was trained on or on other data.
+
+    Raises:
+        UserError: there is no run, or no such data.
+    """
+    config = load_run_config(run / CONFIG_FILE)
+    if data is not None:
+        config = dataclasses.replace(config, domain_options=dataclasses.replace(config.domain_options, data=data))
+    return config, load_domain(config.domain)(config.domain_options, config.trainer.seed, run)
+
+
+def trained_encoder(run: Path, config: RunConfig[Any, Any], domain: Domain) -> nn.Module:
+    """The encoder that a run has saved.
+
+    Raises:
+        UserError: it has saved none yet, or it is of another architecture.
+    """
+    encoder = untrained_encoder(domain, config.trainer.seed)
+    load_encoder(encoder, run / ENCODER_FILE)
+    return encoder
+
+
+def evaluate_run(run: Path, data: str | None = None) -> dict[str, dict[str, float]]:
+    """Score a run's encoder beside the untrained encoder and the raw input, and write pictures.
+
+    Writes ``evaluation.json`` and ``report.html`` into the run.
+
+    Args:
+        run: folder of the run.
+        data: evaluate on other data than it was trained on.
+
+    Returns:
+        Scores by representation (``untrained encoder``, ``raw input``, ``trained encoder``), then by metric.
+
+    Raises:
+        UserError: as ``open_run`` and ``trained_encoder``.
+    """
+    config, domain = open_run(run, data)
+    trained = trained_encoder(run, config, domain)
+    untrained = untrained_encoder(domain, config.trainer.seed)
+    encoders = dict(zip(REPRESENTATIONS, (untrained, None, trained), strict=True))
+    scores = {name: domain.evaluate(encoder) for name, encoder in encoders.items()}
+    text = json.dumps({"data": data or config.domain_options.data, "scores": scores}, indent=2)
+    write_atomically(run / EVALUATION_FILE, lambda temporary: _write(temporary, text + "\n"))
+    page = Page(f"{config.method} on {config.domain_options.data}")
+    page.add_table("Scores", *score_table(scores))
+    add_run_pictures(page, {str(run): run}, domain.embed(untrained), domain.embed(trained))
+    page.save(run / REPORT_FILE)
+    return scores
+
+
+def add_run_pictures(page: Page, runs: dict[str, Path], before: Embeddings, after: Embeddings) -> None:
+    """Add loss curves, the map of embeddings before and after training, and nearest neighbours to a page."""
+    curves = {name: read_metrics(run / METRICS_FILE) for name, run in runs.items()}
+    page.add_picture("Loss", loss_plot(curves))
+    page.add_picture("Embeddings of data held back, before and after training (t-SNE)", map_plot(before, after))
+    page.add_html("Nearest neighbours after training", neighbour_table(after))
+
+
+def embed_run(run: Path, data: str, out: Path) -> Embeddings:
+    """Embed a data set with a run's encoder into a Parquet file.
+
+    Args:
+        run: folder of the run.
+        data: what to embed, as ``--data`` of the domain.
+        out: Parquet file to write, with the columns ``id``, ``embedding`` (a list of float32) and, where the
+            data has it, ``label``.
+
+    Raises:
+        UserError: ``out`` can't be written; or as ``open_run`` and ``trained_encoder``.
+    """
+    if out.is_dir() or not (out.parent.is_dir() or not out.parent.exists()):
+        raise UserError(f"--out {out} can't be written: give the name of a file.")
+    config, domain = open_run(run, data)
+    embedded = domain.embed(trained_encoder(run, config, domain), everything=True)
+    dimensions = embedded.features.shape[1]
+    values = pa.array(embedded.features.flatten().numpy())
+    columns = {"id": pa.array(embedded.ids)}
+    if embedded.labels is not None:
+        columns["label"] = pa.array(embedded.labels)
+    columns["embedding"] = pa.FixedSizeListArray.from_arrays(values, dimensions)
+    write_atomically(out, lambda temporary: pq.write_table(pa.table(columns), temporary))
+    return embedded
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
