@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from contrastive_mm.errors import UserError
 Arrange = Callable[[Tensor, torch.Generator], Tensor]
 
 
+@runtime_checkable
 class Batches(Protocol):
     """What a trainer iterates over, once an epoch."""
 

@@ -19,7 +19,7 @@ import tyro
 import yaml
 
 from contrastive_mm.checkpoint import write_atomically
-from contrastive_mm.domain import Domain, load_domain
+from contrastive_mm.domain import load_domain
 from contrastive_mm.errors import UserError, unknown_name
 from contrastive_mm.methods import get_method
 from contrastive_mm.training import TrainerConfig
@@ -136,7 +136,7 @@ def read_recipe(name: str, domain: str) -> tuple[dict[str, Any], str]:
     return content, str(path)
 
 
-def _check_keys(recipe: Mapping[str, Any], source: str, domain: str, domain_class: type[Domain]) -> set[str]:
+def _check_keys(recipe: Mapping[str, Any], source: str, domain: str, domain_class: type[Any]) -> set[str]:
     """Refuse unknown keys; return the keys that are options of the recipe's own method alone."""
     if recipe.get("domain", domain) != domain:
         raise UserError(f"{source} is a recipe for {recipe['domain']}, not for {domain}.")

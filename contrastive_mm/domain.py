@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from contrastive_mm.errors import unknown_name
 
@@ -40,6 +40,7 @@ class Embeddings:
     previews: Sequence[Any]
 
 
+@runtime_checkable
 class Domain(Protocol):
     """Everything that is particular to one kind of data.
 
@@ -76,8 +77,8 @@ class Domain(Protocol):
         ...
 
 
-def load_domain(name: str) -> type[Domain]:
-    """Import the domain of a name; nothing of another domain is imported.
+def load_domain(name: str) -> type[Any]:
+    """Import the domain of a name, a class that fits ``Domain``; nothing of another domain is imported.
 
     Raises:
         UserError: there is none; the message offers the nearest name.
@@ -85,5 +86,5 @@ def load_domain(name: str) -> type[Domain]:
     if name not in DOMAINS:
         raise unknown_name("domain", name, DOMAINS)
     module, _, attribute = DOMAINS[name].partition(":")
-    domain: type[Domain] = getattr(importlib.import_module(module), attribute)
+    domain: type[Any] = getattr(importlib.import_module(module), attribute)
     return domain

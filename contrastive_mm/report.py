@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -149,24 +150,24 @@ def map_plot(before: Embeddings, after: Embeddings) -> bytes:
     return _png(figure)
 
 
-def _at(labels: list[str] | list[float] | None, rows: np.ndarray[Any, Any]) -> list[Any] | None:
+def _at(labels: list[str] | list[float] | None, rows: NDArray[Any]) -> list[Any] | None:
     return None if labels is None else [labels[row] for row in rows]
 
 
-def _two_dimensions(features: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _two_dimensions(features: NDArray[Any]) -> NDArray[Any]:
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     if len(unit) < 10:
         return np.pad(unit, ((0, 0), (0, 2)))[:, :2]
     dimensions = min(30, *unit.shape)
     reduced = PCA(dimensions, random_state=0).fit_transform(unit)
     perplexity = min(30.0, (len(unit) - 1) / 3)
-    points: np.ndarray[Any, Any] = TSNE(
+    points: NDArray[Any] = TSNE(
         2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=0, max_iter=500
     ).fit_transform(reduced)
     return points
 
 
-def _scatter(figure: Figure, axes: Any, points: np.ndarray[Any, Any], labels: list[Any] | None, last: bool) -> None:
+def _scatter(figure: Figure, axes: Any, points: NDArray[Any], labels: list[Any] | None, last: bool) -> None:
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], s=12)
     elif isinstance(labels[0], float):

@@ -91,9 +91,11 @@ def pretrain(
     encoder = untrained_encoder(domain, seed)
     method = get_method(config.method)(encoder, config.method_options)
     trainer = Trainer(method, domain.make_views, domain.train_batches(), config.trainer, output)
+    if resume:
+        trainer.restore()  # before the configuration is written: a refused resume must leave the run as it was
     dataclasses.replace(config, domain_options=domain.config).save(output / CONFIG_FILE)
     domain.save(output)
-    return trainer.train(resume)
+    return trainer.train()
 
 
 def open_run(run: Path, data: str | None = None) -> tuple[RunConfig[Any, Any], Domain]:

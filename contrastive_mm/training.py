@@ -217,7 +217,7 @@ class Trainer:
             TrainingError: the loss is not finite; the last checkpoint stays as it was.
         """
         if resume:
-            self._restore()
+            self.restore()
         self.method.train()
         last: dict[str, float] = {}
         samples = 0
@@ -295,7 +295,12 @@ class Trainer:
         self.checkpoints.save(self.step, state)
         save_encoder(self.method.encoder, self.output / "encoder.safetensors")
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Take up the newest checkpoint in ``output``; without one, begin at the first step.
+
+        Raises:
+            UserError: the checkpoint can't be read, or belongs to another architecture, length or data order.
+        """
         state = self.checkpoints.load_newest()
         if state is None:
             self.log.cut_after(0)

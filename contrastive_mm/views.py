@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -73,6 +73,7 @@ class Views:
         return self.inputs[0], self.inputs[1]
 
 
+@runtime_checkable
 class ViewMaker(Protocol):
     """Turns a raw batch into views, on the batch's device, random for each sample.
 

@@ -131,7 +131,7 @@ class TextDomain:
         labels = self.source.labels
         few = torch.randperm(len(self.train_rows), generator=torch.Generator().manual_seed(0))
         gallery = self.train_rows[few[:EVALUATION_ROWS]]
-        if labels is None or len(self.validation_rows) == 0:
+        if labels is None or len(labels.unique()) < 2 or len(self.validation_rows) == 0:
             sample = features(gallery[:2048])
             return {"uniformity": uniformity(sample), "effective_rank": effective_rank(sample)}
         train = features(gallery)

@@ -56,7 +56,9 @@ class RandomCrops:
         self.stream.load_state_dict(state)
 
 
-def cut(frames: Frames, top: Int[Tensor, " batch"], left: Int[Tensor, " batch"], size: int) -> Frames:
+def cut(
+    frames: Frames, top: Int[Tensor, " batch"], left: Int[Tensor, " batch"], size: int
+) -> UInt8[Tensor, "batch channels size size"]:
     """The (size, size) square of each observation that begins at its row ``top`` and column ``left``."""
     place = torch.arange(size, device=frames.device)
     rows = (top[:, None] + place)[:, None, :, None]
@@ -74,7 +76,7 @@ def centre_crop(frames: Frames, size: int) -> Crops:
     return _scale(frames[:, :, top : top + size, left : left + size])
 
 
-def _scale(frames: Frames) -> Crops:
+def _scale(frames: UInt8[Tensor, "batch channels size size"]) -> Crops:
     return frames.float() / 255 - 0.5
 
 

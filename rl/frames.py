@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def find_frames(data: str, count: int, size: int, seed: int) -> FrameStore:
     return collect_frames(data, count, size, seed)
 
 
-def _resize(frame: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+def _resize(frame: NDArray[Any], size: int) -> NDArray[Any]:
     if frame.shape[:2] == (size, size):
         return frame
     return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BOX))

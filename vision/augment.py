@@ -19,6 +19,7 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.views import RandomStream, Views
 
 Images = Float[Tensor, "batch channels height width"]
+Squares = Float[Tensor, "batch channels size size"]
 
 RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
@@ -78,7 +79,7 @@ class ImageViews:
             labels=batch.get("label"),
         )
 
-    def augment(self, images: Images) -> Images:
+    def augment(self, images: Images) -> Squares:
         """One random view of each image: (B, C, H, W) in 0..1 to (B, C, size, size), normalised."""
         config, generator = self.config, self.stream.on(images.device)
         views = random_resized_crop(images, self.size, config.crop_scale, config.flip, generator)
@@ -108,7 +109,7 @@ def normalise(images: Images) -> Images:
     return images * 2 - 1
 
 
-def plain_view(images: UInt8[Tensor, "batch channels height width"], size: int) -> Images:
+def plain_view(images: UInt8[Tensor, "batch channels height width"], size: int) -> Squares:
     """The view that evaluation uses: resized without cropping, normalised."""
     whole = torch.tensor([[0.0, 0.0, images.shape[2], images.shape[3]]], device=images.device)
     return normalise(crop_and_resize(to_float(images), whole.expand(len(images), 4), size))
@@ -180,7 +181,7 @@ def crop_and_resize(
     boxes: Float[Tensor, "batch 4"],
     size: int,
     mirrored: Bool[Tensor, " batch"] | None = None,
-) -> Images:
+) -> Squares:
     """Crop each image to its box (top, left, height, width), resize to (size, size), mirror where asked."""
     rows = resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size)
     columns = resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size)
@@ -191,7 +192,7 @@ def crop_and_resize(
 
 def random_resized_crop(
     images: Images, size: int, min_scale: float, flip: float, generator: torch.Generator
-) -> Images:
+) -> Squares:
     """Random crop, resize and mirror of each image."""
     count, _, height, width = images.shape
     boxes = random_boxes(count, height, width, min_scale, generator)

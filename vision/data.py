@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from jaxtyping import Int, UInt8
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -154,7 +155,7 @@ def _idx(files: list[Path], split: str) -> ImageSource:
     return _from_arrays(list(pixels), labels)
 
 
-def read_idx(path: Path) -> np.ndarray[Any, Any]:
+def read_idx(path: Path) -> NDArray[Any]:
     """Read an IDX file of unsigned bytes, gzipped or not (the format of MNIST).
 
     Raises:
@@ -172,7 +173,7 @@ def read_idx(path: Path) -> np.ndarray[Any, Any]:
     return values.reshape(shape)
 
 
-def _from_arrays(arrays: list[np.ndarray[Any, Any]], labels: tuple[Tensor, list[str]] | None) -> ImageSource:
+def _from_arrays(arrays: list[NDArray[Any]], labels: tuple[Tensor, list[str]] | None) -> ImageSource:
     return ImageSource(
         [f"row {i}" for i in range(len(arrays))],
         lambda i: Image.fromarray(arrays[i]),
@@ -304,7 +305,7 @@ class ImageSet:
         self._check_broken()
         return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
 
-    def _decode(self, row: int) -> np.ndarray[Any, Any] | None:
+    def _decode(self, row: int) -> NDArray[Any] | None:
         if row in self.broken:
             return None
         try:
@@ -313,7 +314,7 @@ class ImageSet:
             self.broken[row] = f"{self.source.ids[row]} ({error})"
             return None
 
-    def _decode_or_next(self, row: int) -> np.ndarray[Any, Any]:
+    def _decode_or_next(self, row: int) -> NDArray[Any]:
         for ahead in range(len(self.source)):
             pixels = self._decode((row + ahead) % len(self.source))
             if pixels is not None:

@@ -101,7 +101,7 @@ class ImageDomain:
         training images). Without: ``uniformity`` and ``effective_rank`` of up to 2,048 images.
         """
         labels = self.images.labels
-        if labels is None or len(self.validation_rows) == 0:
+        if labels is None or len(labels.unique()) < 2 or len(self.validation_rows) == 0:
             rows = self.train_rows[:2048]
             features = self._features(encoder, rows)
             return {"uniformity": uniformity(features), "effective_rank": effective_rank(features)}

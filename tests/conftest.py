@@ -1,0 +1,39 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Before the package is imported: shapes and types of every annotated function are checked as it runs.
+install_import_hook("contrastive_mm", "typecheck.check")
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+class LinearEncoder(torch.nn.Module):
+    """The smallest encoder: one linear layer over flattened inputs."""
+
+    def __init__(self, inputs: int = 6, feature_dim: int = 8) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.layer = torch.nn.Linear(inputs, feature_dim)
+
+    def forward(self, inputs):
+        return self.layer(inputs.flatten(1))
+
+
+@pytest.fixture
+def encoder():
+    return LinearEncoder()

@@ -1,0 +1,222 @@
+import copy
+import math
+
+import pytest
+import torch
+from conftest import LinearEncoder
+
+from contrastive_mm.batches import ShuffledBatches
+from contrastive_mm.errors import TrainingError, UserError
+from contrastive_mm.methods import METHODS, MoCo, MoCoConfig, SimCLR, get_method
+from contrastive_mm.metrics import read_metrics
+from contrastive_mm.training import (
+    Trainer,
+    TrainerConfig,
+    Updater,
+    build_optimizer,
+    make_accelerator,
+    scheduled_rate,
+)
+from contrastive_mm.views import RandomStream, Views
+
+DATA = torch.randn(32, 6, generator=torch.Generator().manual_seed(5))
+
+
+class NoisyViews:
+    """Two noisy copies, from a random stream of their own."""
+
+    def __init__(self, seed=0):
+        self.stream = RandomStream(seed)
+
+    def __call__(self, batch):
+        x, generator = batch["x"], self.stream.on(batch["x"].device)
+        return Views(tuple(x + 0.1 * torch.randn(x.shape, generator=generator) for _ in range(2)))
+
+    def state_dict(self):
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state):
+        self.stream.load_state_dict(state)
+
+
+def make_trainer(folder, name="simclr", **options):
+    torch.manual_seed(0)
+    encoder = torch.nn.Sequential(LinearEncoder(), torch.nn.Dropout(0.2))
+    encoder.feature_dim = 8
+    method = get_method(name)(encoder)
+    batches = ShuffledBatches(len(DATA), 8, lambda rows: {"x": DATA[rows]})
+    config = TrainerConfig(**{"steps": 12, "log_every": 1, "checkpoint_every": 5, **options})
+    return Trainer(method, NoisyViews(), batches, config, folder)
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, name):
+    whole = make_trainer(tmp_path / "whole", name)
+    whole.train()
+    stopped = make_trainer(tmp_path / "stopped", name)
+    real_step, stopped_at = stopped.updater.step, 7
+
+    def step(batch):
+        if stopped.step == stopped_at:
+            raise KeyboardInterrupt
+        return real_step(batch)
+
+    stopped.updater.step = step
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    torch.rand(100)
+    resumed = make_trainer(tmp_path / "stopped", name)
+    resumed.train(resume=True)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    for mine, other in zip(resumed.method.state_dict().values(), whole.method.state_dict().values(), strict=True):
+        assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path):
+    make_trainer(tmp_path / "a").train()
+    make_trainer(tmp_path / "b").train(resume=True)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path):
+    make_trainer(tmp_path).train()
+    before = losses(tmp_path)
+    assert make_trainer(tmp_path).train(resume=True)["steps"] == 12
+    assert losses(tmp_path) == before
+
+
+def test_resume_with_another_length_is_refused(tmp_path):
+    make_trainer(tmp_path).train()
+    with pytest.raises(UserError, match="run of 12 steps, this one has 20"):
+        make_trainer(tmp_path, steps=20).train(resume=True)
+
+
+def test_resume_of_another_architecture_is_refused(tmp_path):
+    make_trainer(tmp_path).train()
+    with pytest.raises(UserError, match="another architecture"):
+        make_trainer(tmp_path, "moco").train(resume=True)
+
+
+def test_epochs_are_counted_in_batches(tmp_path):
+    assert make_trainer(tmp_path, steps=None, epochs=3).train()["steps"] == 12
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path)
+    real_views = trainer.updater.make_views
+
+    def break_later(batch):
+        views = real_views(batch)
+        return Views(tuple(v * math.nan for v in views.inputs)) if trainer.step == 6 else views
+
+    trainer.updater.make_views = break_later
+    with pytest.raises(TrainingError, match=r"loss is nan at step 7.*step-000000005\.pt, is intact"):
+        trainer.train()
+    assert trainer.checkpoints.load_newest()["step"] == 5
+    assert losses(tmp_path)[-1][0] == 6
+
+
+def test_schedule_warms_up_and_falls_like_a_cosine():
+    config = TrainerConfig(learning_rate=2.0, warmup_share=0.1)
+    rates = [scheduled_rate(config, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (n + 1) for n in range(10)])
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_weight_decay_spares_biases_and_norms(kind, encoder):
+    optimizer = build_optimizer(SimCLR(encoder), TrainerConfig(optimizer=kind, weight_decay=0.1))
+    decayed, spared = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert spared["weight_decay"] == 0.0
+    assert all(p.ndim == 1 for p in spared["params"])
+    assert all(p.ndim > 1 for p in decayed["params"])
+
+
+def test_key_encoder_is_not_in_the_optimizer(encoder):
+    method = MoCo(encoder)
+    trained = {p for group in build_optimizer(method, TrainerConfig()).param_groups for p in group["params"]}
+    assert not trained & set(method.momentum_encoder.parameters())
+
+
+def test_updater_equals_the_steps_written_out(encoder):
+    method, other = SimCLR(encoder), None
+    other = copy.deepcopy(method)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    for seed in range(3):
+        optimizer.zero_grad()
+        if seed == 0:
+            views, hand_views = NoisyViews(), NoisyViews()
+            updater = Updater(method, torch.optim.SGD(method.parameters(), 0.1), views)
+        metrics = updater.step({"x": DATA})
+        loss = other(hand_views({"x": DATA})).loss
+        loss.backward()
+        optimizer.step()
+        assert float(metrics["loss"]) == pytest.approx(float(loss))
+        assert not metrics["loss"].requires_grad
+    for mine, hand in zip(method.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, hand)
+
+
+def test_gradients_are_clipped(encoder):
+    method = SimCLR(encoder)
+    updater = Updater(method, torch.optim.SGD(method.parameters(), 0.0), NoisyViews(), gradient_clip=1e-3)
+    assert float(updater.step({"x": DATA})["gradient_norm"]) > 1e-3
+    norm = torch.stack([p.grad.norm() for p in method.parameters()]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_bf16_runs_the_encoder_in_half_precision_and_the_loss_in_full(encoder):
+    seen = []
+    encoder.layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    method = SimCLR(encoder)
+    accelerator = make_accelerator("bf16", "cpu")
+    updater = Updater(method, torch.optim.SGD(method.parameters(), 0.1), NoisyViews(), accelerator)
+    assert updater.step({"x": DATA})["loss"].dtype == torch.float32
+    assert seen == [torch.bfloat16]
+    make_accelerator("no", "cpu")
+
+
+def test_fp16_without_a_gpu_is_refused():
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        make_accelerator("fp16", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "--steps = 0"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"warmup_share": 1.0}, "--warmup-share"),
+        ({"checkpoint_every": 0}, "--checkpoint-every"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        TrainerConfig(**options)
+
+
+def test_moco_reads_the_queue_before_it_writes(encoder):
+    method = MoCo(encoder, MoCoConfig(queue_size=16))
+    views = NoisyViews()({"x": DATA})
+    method(views)
+    assert len(method.queue) == 0, "forward never writes"
+    method.after_step()
+    assert len(method.queue) == 16
+    method.eval()
+    method(views)
+    held = method.queue.features().clone()
+    method.after_step()
+    assert torch.equal(held, method.queue.features()), "nor does evaluation leave keys behind"
+
+
+def test_an_encoder_without_feature_dim_is_named():
+    with pytest.raises(UserError, match="Linear has no integer `feature_dim`"):
+        SimCLR(torch.nn.Linear(2, 2))
