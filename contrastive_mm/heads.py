@@ -12,27 +12,29 @@ from contrastive_mm.errors import UserError
 class ProjectionHead(nn.Sequential):
     """The multi-layer perceptron between features and contrastive loss (SimCLR, section 4.2).
 
-    Layers of ``hidden_dim`` with ReLU between them, then ``output_dim`` with no activation.
+    Layers of ``hidden_dim`` with ReLU between them, then ``output_dim`` with no activation. The paper compares
+    three of them: the identity, one linear layer, and a perceptron.
 
     Args:
         input_dim: the encoder's ``feature_dim``.
         hidden_dim: width of the hidden layers.
         output_dim: dimensions of the output.
-        num_layers: linear layers in all; 2 in SimCLR v1 and MoCo v2, 1 for a linear head.
+        num_layers: linear layers in all: 0 leaves features as they are, 1 is a linear head, 2 the perceptron of
+            SimCLR v1 and MoCo v2.
         batch_norm: BatchNorm after each hidden layer; SimCLR's released code has it, MoCo v2 does not.
 
     Shapes:
         (B, input_dim) -> (B, output_dim).
 
     Raises:
-        UserError: fewer than 1 layer.
+        UserError: fewer than 0 layers.
     """
 
     def __init__(
         self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int = 2, batch_norm: bool = True
     ) -> None:
-        if num_layers < 1:
-            raise UserError(f"A projection head needs at least 1 layer; got num_layers={num_layers}.")
+        if num_layers < 0:
+            raise UserError(f"A projection head has 0 layers or more; got num_layers={num_layers}.")
         layers: list[nn.Module] = []
         for index in range(num_layers - 1):
             # A bias before BatchNorm would be subtracted again by its mean.
@@ -40,8 +42,10 @@ class ProjectionHead(nn.Sequential):
             if batch_norm:
                 layers.append(nn.BatchNorm1d(hidden_dim))
             layers.append(nn.ReLU(inplace=True))
-        layers.append(nn.Linear(input_dim if num_layers == 1 else hidden_dim, output_dim))
+        if num_layers > 0:
+            layers.append(nn.Linear(input_dim if num_layers == 1 else hidden_dim, output_dim))
         super().__init__(*layers)
+        self.output_dim = output_dim if num_layers > 0 else input_dim
 
 
 class LayerNormHead(nn.Sequential):

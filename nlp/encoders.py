@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,14 @@ from contrastive_mm.errors import UserError
 Pooling = Literal["mean", "cls"]
 
 MAX_POSITIONS = 512
+ALPHABET = 1000
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 
 
 class TextEncoder(nn.Module):
@@ -48,23 +57,30 @@ class TextEncoder(nn.Module):
 
 
 def train_tokenizer(sentences: Iterable[str], vocabulary: int = 8000) -> PreTrainedTokenizerFast:
-    """Train a lower-casing WordPiece tokenizer.
+    """Train a lower-casing WordPiece tokenizer; the same sentences give the same tokenizer.
 
     Args:
         sentences: text to learn the vocabulary from.
         vocabulary: tokens at the most; a small text gives fewer.
     """
+    texts = list(sentences)
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(sentences, vocab_size=vocabulary, min_frequency=2, show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=MAX_POSITIONS,
+    counts = Counter(char for text in texts for char in trained.normalize(text) if not char.isspace())
+    characters = sorted(sorted(counts), key=lambda char: -counts[char])[:ALPHABET]
+    # The trainer numbers the pieces inside words in the random order of a hash map, and breaks ties by number.
+    # Given to it as special tokens, they come first and in our order; the tokenizer built below is rid of them.
+    inside = [f"##{char}" for char in characters]
+    trained.train_from_iterator(
+        texts,
+        vocab_size=vocabulary,
+        min_frequency=2,
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        special_tokens=[*SPECIAL_TOKENS.values(), *inside],
+        show_progress=False,
     )
+    built = BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=True)
+    return PreTrainedTokenizerFast(tokenizer_object=built._tokenizer, model_max_length=MAX_POSITIONS, **SPECIAL_TOKENS)
 
 
 def small_transformer(

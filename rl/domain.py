@@ -48,9 +48,9 @@ class ObservationConfig:
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
             raise UserError(f"--validation-share = {self.validation_share}; it must lie between 0 and 1.")
-        if not 16 <= self.crop_size <= self.frame_size:
+        if not 32 <= self.crop_size <= self.frame_size:
             raise UserError(
-                f"--crop-size = {self.crop_size}; it must lie between 16 and --frame-size = {self.frame_size}."
+                f"--crop-size = {self.crop_size}; it must lie between 32 and --frame-size = {self.frame_size}."
             )
         for name in ("frames", "frame_stack", "feature_dim"):
             if getattr(self, name) < 1:

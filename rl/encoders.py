@@ -14,7 +14,7 @@ class PixelEncoder(nn.Module):
 
     Args:
         channels: of the stacked frames.
-        size: side of the crops in pixels, at least 16.
+        size: side of the crops in pixels, at least 32.
         feature_dim: dimensions of the features.
 
     Shapes:
@@ -25,13 +25,13 @@ class PixelEncoder(nn.Module):
         super().__init__()
         self.feature_dim = feature_dim
         self.convolutions = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, stride=2, padding=1),
+            nn.Conv2d(channels, 32, 3, stride=2),
             nn.ReLU(inplace=True),
-            nn.Conv2d(32, 32, 3, stride=2, padding=1),
+            nn.Conv2d(32, 32, 3, stride=2),
             nn.ReLU(inplace=True),
-            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Conv2d(32, 32, 3),
             nn.ReLU(inplace=True),
-            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Conv2d(32, 32, 3),
             nn.ReLU(inplace=True),
         )
         for layer in self.convolutions:

@@ -105,7 +105,7 @@ def test_the_text_verbs(tmp_path, capsys):
 
 def test_the_observation_verbs(tmp_path, capsys):
     output = tmp_path / "run"
-    options = ["--data=CartPole-v1", "--frames=120", "--frame-size=24", "--crop-size=20", "--batch-size=16"]
+    options = ["--data=CartPole-v1", "--frames=120", "--frame-size=36", "--crop-size=32", "--batch-size=16"]
     assert run("rl", *options, "--steps=4", f"--output={output}") == 0
     assert run("evaluate", output) == 0
     assert "r2_angle" in capsys.readouterr().out

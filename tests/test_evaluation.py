@@ -81,7 +81,7 @@ def test_ridge_reads_linear_targets():
     features = torch.randn(500, 5)
     targets = torch.stack([features @ torch.arange(5.0), torch.randn(500)], dim=1)
     readable, noise = ridge_r2(features[:400], targets[:400], features[400:], targets[400:])
-    assert readable > 0.999
+    assert readable > 0.99
     assert noise < 0.1
 
 

@@ -59,13 +59,16 @@ def test_projection_head_shapes(layers, batch_norm):
     assert sum(isinstance(layer, nn.BatchNorm1d) for layer in head) == (layers - 1 if batch_norm else 0)
 
 
-def test_projection_head_refuses_no_layers():
-    with pytest.raises(UserError, match="at least 1 layer"):
-        ProjectionHead(6, 5, 4, 0)
+def test_projection_head_of_no_layers_is_the_identity():
+    head, features = ProjectionHead(6, 5, 4, 0), torch.randn(3, 6)
+    assert torch.equal(head(features), features)
+    assert head.output_dim == 6
+    with pytest.raises(UserError, match="0 layers or more"):
+        ProjectionHead(6, 5, 4, -1)
 
 
 def test_layer_norm_bounds_the_latent():
-    latent = LayerNormHead(6, 10)(1e6 * torch.randn(3, 6))
+    latent = LayerNormHead(6, 10)(1e6 * torch.randn(3, 6)).detach()
     assert float(latent.norm(dim=1).max()) <= 10**0.5 + 1e-3
 
 

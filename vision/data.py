@@ -309,7 +309,8 @@ class ImageSet:
         if row in self.broken:
             return None
         try:
-            return decode(self.source.open_image(row), self.size)
+            with self.source.open_image(row) as image:
+                return decode(image, self.size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             self.broken[row] = f"{self.source.ids[row]} ({error})"
             return None
@@ -344,6 +345,6 @@ class ImageSet:
             )
 
     def _broken_names(self) -> str:
-        names = list(self.broken.values())
+        names = [self.broken[row] for row in sorted(self.broken)]
         more = f", and {len(names) - 3} more" if len(names) > 3 else ""
         return ", ".join(names[:3]) + more

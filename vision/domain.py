@@ -163,7 +163,8 @@ def native_size(source: ImageSource) -> int:
     """Side of the views for a data set: the first readable image's shorter side, or 224 where it is over 96."""
     for number in range(len(source)):
         try:
-            side = min(source.open_image(number).size)
+            with source.open_image(number) as image:
+                side = min(image.size)
         except (OSError, ValueError, Image.DecompressionBombError):
             continue
         return side if side <= LARGEST_NATIVE else 224

@@ -27,6 +27,8 @@ class MoCoConfig:
     holds every sample's own keys and pushes them away."""
     momentum: float = 0.99
     """Share of the key encoder kept at each step (0.999 with ImageNet's long schedules)."""
+    projection_layers: int = 2
+    """Linear layers of the projection head: 2 is the paper's; 0 compares the encoder's features themselves."""
     hidden_dim: int = 512
     """Width of the projection head's hidden layer."""
     projection_dim: int = 128
@@ -50,9 +52,11 @@ class MoCo(Method):
         config = config or MoCoConfig()
         super().__init__(encoder, config)
         self.temperature = config.temperature
-        self.projector = ProjectionHead(self.feature_dim, config.hidden_dim, config.projection_dim, batch_norm=False)
+        self.projector = ProjectionHead(
+            self.feature_dim, config.hidden_dim, config.projection_dim, config.projection_layers, batch_norm=False
+        )
         self.momentum_encoder = MomentumEncoder(self._online(), config.momentum)
-        self.queue = FeatureQueue(config.queue_size, config.projection_dim)
+        self.queue = FeatureQueue(config.queue_size, self.projector.output_dim)
         self._new_keys: list[Tensor] = []
 
     def _online(self) -> nn.Sequential:

@@ -18,6 +18,8 @@ class SimCLRConfig:
 
     temperature: float = 0.1
     """Divides the cosine similarity; lower looks harder at the nearest negatives."""
+    projection_layers: int = 2
+    """Linear layers of the projection head: 2 is the paper's; 0 compares the encoder's features themselves."""
     hidden_dim: int = 512
     """Width of the projection head's hidden layer (2048 with a ResNet-50 in the paper)."""
     projection_dim: int = 128
@@ -37,7 +39,9 @@ class SimCLR(Method):
         config = config or SimCLRConfig()
         super().__init__(encoder, config)
         self.temperature = config.temperature
-        self.projector = ProjectionHead(self.feature_dim, config.hidden_dim, config.projection_dim)
+        self.projector = ProjectionHead(
+            self.feature_dim, config.hidden_dim, config.projection_dim, config.projection_layers
+        )
 
     def forward(self, views: Views) -> Objective:
         """NT-Xent between the two views."""

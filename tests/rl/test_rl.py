@@ -81,7 +81,7 @@ def test_frames_from_a_file(tmp_path):
     store = find_frames(str(tmp_path / "f.npz"), 0, 20, 0)
     assert store.frames.shape == (40, 3, 20, 20)
     assert store.state_names == ["state_0", "state_1"]
-    config = ObservationConfig(data=str(tmp_path / "f.npz"), frame_size=20, crop_size=16)
+    config = ObservationConfig(data=str(tmp_path / "f.npz"), frame_size=36, crop_size=32)
     domain = ObservationDomain(config, 0)
     assert set(domain.evaluate(domain.build_encoder())) == {"r2_state_0", "r2_state_1"}
 
@@ -108,7 +108,7 @@ def test_files_and_environments_that_are_not_there():
         find_frames("", 1, 8, 0)
 
 
-@pytest.mark.parametrize(("size", "stack"), [(44, 3), (16, 1), (84, 9)])
+@pytest.mark.parametrize(("size", "stack"), [(44, 3), (32, 1), (84, 9)])
 def test_encoder_gives_what_it_declares(size, stack):
     encoder = PixelEncoder(3 * stack, size, 32)
     assert encoder(torch.rand(2, 3 * stack, size, size) - 0.5).shape == (2, 32)

@@ -117,9 +117,10 @@ def test_probabilities_are_kept(name, probability):
     same = pictures(1, 32, 32).expand(400, -1, -1, -1)
     plain = ImageViews(32, ImageViewConfig(**off)).augment(same.float() / 255)
     some = ImageViews(32, ImageViewConfig(**{**off, name: probability})).augment(same.float() / 255)
-    # With a whole crop the box may still vary in ratio; compare the share of images that this option changed.
+    # A sigma below a third of a pixel, an eighth of the draws, changes nothing that can be seen.
+    expected = probability * (0.88 if name == "blur" else 1.0)
     changed = ((some - plain).flatten(1).abs().max(1).values > 1e-3).float().mean()
-    assert float(changed) == pytest.approx(probability, abs=0.08)
+    assert float(changed) == pytest.approx(expected, abs=0.08)
 
 
 def test_the_seed_decides_and_the_state_goes_on():

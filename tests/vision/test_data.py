@@ -192,7 +192,7 @@ def test_images_that_do_not_fit_into_memory_are_decoded_as_they_are_read(partly_
 def test_pictures_of_many_kinds_become_rgb_squares(tmp_path):
     picture(200).convert("L").save(tmp_path / "grey.png")
     picture(200).convert("CMYK").save(tmp_path / "cmyk.jpg")
-    picture(200).convert("P").save(tmp_path / "palette.gif")
+    picture(200).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.gif")
     picture(200).convert("RGBA").save(tmp_path / "alpha.png")
     picture(200, (1, 1)).save(tmp_path / "pixel.png")
     picture(200, (300, 100)).save(tmp_path / "wide.png")
