@@ -32,11 +32,11 @@ THUMBNAIL_SIDE = 56
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 figure { margin: 0; background: #fff; border-radius: 6px; padding: .4rem; }
 figure img { max-width: 100%; display: block; margin: auto; }
 .thumbnails img { image-rendering: pixelated; border-radius: 4px; display: block; }
@@ -84,7 +84,8 @@ class Page:
     def add_table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Add a table of text."""
         head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headers)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        cells = [[html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;") for cell in row] for row in rows]
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
         self.add_html(title, f"<table><tr>{head}</tr>{body}</table>")
 
     def add_picture(self, title: str, png: bytes) -> None:

@@ -75,9 +75,9 @@ def test_a_page_stands_alone(tmp_path):
 
 def test_verdict_wants_every_seed():
     values = {demo.UNTRAINED: [1.0, 1.0], demo.RAW: [2.0, 3.0], demo.TRAINED: [2.5, 2.5]}
-    assert demo._verdict(values) == "untrained encoder; not raw input"
+    assert demo._verdict(values) == "untrained encoder only"
     values[demo.TRAINED] = [4.0, 4.0]
-    assert demo._verdict(values) == "untrained encoder and raw input"
+    assert demo._verdict(values) == "both"
     values[demo.TRAINED] = [0.0, 4.0]
     assert demo._verdict(values) == "neither"
 
