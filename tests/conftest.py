@@ -8,6 +8,8 @@ from jaxtyping import install_import_hook
 # Before the package is imported: shapes and types of every annotated function are checked as it runs.
 install_import_hook("contrastive_mm", "typecheck.check")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+# torch says some warnings once a process; they are errors here, and must not depend on which test comes first.
+torch.set_warn_always(True)
 
 ROOT = Path(__file__).parent.parent
 
