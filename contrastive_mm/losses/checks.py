@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from contrastive_mm.errors import UserError
+from contrastive_mm.errors import NotFiniteError, UserError
 
 
 def check_pair(first: Tensor, second: Tensor, first_name: str, second_name: str) -> None:
@@ -30,7 +30,8 @@ def check_features(features: Tensor, name: str) -> None:
     the trainer soon enough.
 
     Raises:
-        UserError: another number of axes, no rows, integers, or a value that is not finite.
+        UserError: another number of axes, no rows, or integers.
+        NotFiniteError: a value that is NaN or infinite.
     """
     if features.ndim != 2:
         raise UserError(f"`{name}` has shape {tuple(features.shape)}; features are a matrix of (rows, dimensions).")
@@ -44,7 +45,7 @@ def check_features(features: Tensor, name: str) -> None:
     if not torch.isfinite(features.detach().sum(dtype=torch.float64)):
         bad = (~torch.isfinite(features.detach())).any(dim=1).nonzero().flatten().tolist()
         rows = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        raise UserError(
+        raise NotFiniteError(
             f"`{name}` holds NaN or infinity in {len(bad)} of {len(features)} rows (row {rows}): the encoder's "
             "output is broken before the loss; lower the learning rate, clip gradients, or look for a division by 0."
         )

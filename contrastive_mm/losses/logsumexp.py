@@ -69,7 +69,7 @@ def self_logsumexp(
     """
     period = len(features) if period is None else period
     if _is_plain(len(features) ** 2):
-        return _plain(features, features, Exclusion(period, ids, ids)).logsumexp(1)
+        return _plain(features, features, Exclusion(period, 0, ids, ids)).logsumexp(1)
     result: Tensor = _self_logsumexp(features, period, ids)
     return result
 
@@ -79,6 +79,8 @@ def cross_logsumexp(
     key: Float[Tensor, "keys dim"],
     query_ids: Int[Tensor, " queries"] | None = None,
     key_ids: Int[Tensor, " keys"] | None = None,
+    period: int = 0,
+    shift: int = 0,
 ) -> Float[Tensor, " queries"]:
     """For each query, log of the sum over the keys of exp(q . k).
 
@@ -90,6 +92,8 @@ def cross_logsumexp(
         key: (K, D) prepared features of the same type; with K = 0 the result is minus infinity.
         query_ids: (N,) numbers; with ``key_ids``, pairs of equal numbers are left out.
         key_ids: (K,) numbers.
+        period: pairs with key - query = shift + a multiple of it are left out; 0 leaves out none.
+        shift: the key that is query 0 itself, where the queries are a part of the keys.
 
     Returns:
         (N,); minus infinity for a query that is left with no key.
@@ -97,9 +101,9 @@ def cross_logsumexp(
     if len(key) == 0:
         return query.new_full((len(query),), -math.inf)
     if _is_plain(len(query) * len(key)):
-        return _plain(query, key, Exclusion(0, query_ids, key_ids)).logsumexp(1)
+        return _plain(query, key, Exclusion(period, shift, query_ids, key_ids)).logsumexp(1)
     expectation = torch.is_grad_enabled() and query.requires_grad and not key.requires_grad
-    result: Tensor = _cross_logsumexp(query, key, query_ids, key_ids, False, expectation)[0]
+    result: Tensor = _cross_logsumexp(query, key, query_ids, key_ids, period, shift, False, expectation)[0]
     return result
 
 
@@ -115,9 +119,9 @@ def two_way_logsumexp(
         (N,) over the columns, and (K,) over the rows.
     """
     if _is_plain(len(first) * len(second)):
-        logits = _plain(first, second, Exclusion(0, first_ids, second_ids))
+        logits = _plain(first, second, Exclusion(0, 0, first_ids, second_ids))
         return logits.logsumexp(1), logits.logsumexp(0)
-    rows, columns, _ = _cross_logsumexp(first, second, first_ids, second_ids, True, False)
+    rows, columns, _ = _cross_logsumexp(first, second, first_ids, second_ids, 0, 0, True, False)
     return rows, columns
 
 
@@ -132,7 +136,7 @@ def _plain(query: Tensor, key: Tensor, exclusion: Exclusion) -> Tensor:
     "contrastive_mm::self_logsumexp", mutates_args=(), schema="(Tensor features, int period, Tensor? ids) -> Tensor"
 )
 def _self_logsumexp(features: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return tiled.self_forward(features, Exclusion(period, ids, ids))
+    return tiled.self_forward(features, Exclusion(period, 0, ids, ids))
 
 
 @torch.library.custom_op(
@@ -141,31 +145,33 @@ def _self_logsumexp(features: Tensor, period: int, ids: Tensor | None) -> Tensor
     schema="(Tensor features, Tensor logsumexp, Tensor gradient, int period, Tensor? ids) -> Tensor",
 )
 def _self_backward(features: Tensor, logsumexp: Tensor, gradient: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return tiled.self_backward(features, logsumexp, gradient, Exclusion(period, ids, ids))
+    return tiled.self_backward(features, logsumexp, gradient, Exclusion(period, 0, ids, ids))
 
 
 @torch.library.custom_op(
     "contrastive_mm::cross_logsumexp",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor? query_ids, Tensor? key_ids, bool columns, bool expectation) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor? query_ids, Tensor? key_ids, int period, int shift, bool columns, "
+    "bool expectation) -> (Tensor, Tensor, Tensor)",
 )
 def _cross_logsumexp(
     query: Tensor,
     key: Tensor,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    period: int,
+    shift: int,
     columns: bool,
     expectation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tiled.cross_forward(query, key, Exclusion(0, query_ids, key_ids), columns, expectation)
+    return tiled.cross_forward(query, key, Exclusion(period, shift, query_ids, key_ids), columns, expectation)
 
 
 @torch.library.custom_op(
     "contrastive_mm::cross_logsumexp_backward",
     mutates_args=(),
     schema="(Tensor query, Tensor key, Tensor over_keys, Tensor keys_gradient, Tensor? over_queries, "
-    "Tensor? queries_gradient, Tensor? query_ids, Tensor? key_ids) -> (Tensor, Tensor)",
+    "Tensor? queries_gradient, Tensor? query_ids, Tensor? key_ids, int period, int shift) -> (Tensor, Tensor)",
 )
 def _cross_backward(
     query: Tensor,
@@ -176,9 +182,12 @@ def _cross_backward(
     queries_gradient: Tensor | None,
     query_ids: Tensor | None,
     key_ids: Tensor | None,
+    period: int,
+    shift: int,
 ) -> tuple[Tensor, Tensor]:
+    exclusion = Exclusion(period, shift, query_ids, key_ids)
     back = None if over_queries is None or queries_gradient is None else (over_queries, queries_gradient)
-    return tiled.cross_backward(query, key, (over_keys, keys_gradient), back, Exclusion(0, query_ids, key_ids))
+    return tiled.cross_backward(query, key, (over_keys, keys_gradient), back, exclusion)
 
 
 @_self_logsumexp.register_fake
@@ -193,7 +202,14 @@ def _(features: Tensor, logsumexp: Tensor, gradient: Tensor, period: int, ids: T
 
 @_cross_logsumexp.register_fake
 def _(
-    query: Tensor, key: Tensor, query_ids: Tensor | None, key_ids: Tensor | None, columns: bool, expectation: bool
+    query: Tensor,
+    key: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    period: int,
+    shift: int,
+    columns: bool,
+    expectation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         query.new_empty(query.shape[0]),
@@ -218,7 +234,7 @@ def _differentiate_self(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]
 
 
 def _save_cross(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, query_ids, key_ids, ctx.columns, ctx.expectation = inputs
+    query, key, query_ids, key_ids, ctx.period, ctx.shift, ctx.columns, ctx.expectation = inputs
     ctx.mark_non_differentiable(output[2])
     if ctx.expectation:
         ctx.save_for_backward(output[2])
@@ -229,11 +245,12 @@ def _save_cross(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
 def _differentiate_cross(ctx: Any, by_rows: Tensor, by_columns: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.expectation:
         (expected,) = ctx.saved_tensors
-        return by_rows[:, None] * expected, None, None, None, None, None
+        return by_rows[:, None] * expected, *[None] * 7
     query, key, over_keys, over_queries, query_ids, key_ids = ctx.saved_tensors
     back = (over_queries, by_columns.contiguous()) if ctx.columns else (None, None)
-    gradients = _cross_backward(query, key, over_keys, by_rows.contiguous(), *back, query_ids, key_ids)
-    return *gradients, None, None, None, None
+    pairs = (query_ids, key_ids, ctx.period, ctx.shift)
+    gradients = _cross_backward(query, key, over_keys, by_rows.contiguous(), *back, *pairs)
+    return *gradients, *[None] * 6
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> Any:

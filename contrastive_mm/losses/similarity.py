@@ -21,7 +21,7 @@ Similarity: TypeAlias = Literal["cosine", "dot"] | Callable[[Tensor], Tensor]
 """``"cosine"``; ``"dot"``; or a map of the queries whose dot product with a key is the similarity, such as
 ``heads.BilinearSimilarity`` (CURL's q W k)."""
 
-Temperature: TypeAlias = float | Float[Tensor, ""]
+Temperature: TypeAlias = float | Tensor
 """A number, or a scalar tensor (``LearnableTemperature()()``) that receives a gradient."""
 
 LARGEST_SCALE = 100.0

@@ -56,7 +56,7 @@ class _Tiles:
         return torch.mm(self.left[i[0] : i[1]], self.right_t[:, j[0] : j[1]], out=tile)
 
     def exponentials(self, i: tuple[int, int], j: tuple[int, int]) -> Tensor:
-        """exp of them, 0 for excluded pairs."""
+        """Their exponentials, 0 for excluded pairs."""
         tile = self.logits(i, j).exp_()
         self.exclusion.fill_(tile, i, j, 0.0)
         return tile
@@ -80,7 +80,7 @@ def _largest_square(features: Tensor) -> float:
 
 
 def _weights(logsumexp: Tensor, gradient: Tensor) -> Tensor:
-    """gradient * exp(-logsumexp), 0 for rows that were compared with nothing."""
+    """The gradient times exp(-logsumexp), 0 for rows that were compared with nothing."""
     return torch.where(logsumexp == -math.inf, 0.0, gradient * (-logsumexp).exp())
 
 
