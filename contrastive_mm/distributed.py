@@ -46,7 +46,7 @@ def gather_with_gradient(features: Float[Tensor, "rows dim"]) -> Gathered:
     Returns:
         The (N, D) rows of all. With one process they are ``features`` itself.
     """
-    counts = _counts(len(features))
+    counts = row_counts(len(features))
     if len(counts) == 1:
         return Gathered(features, 0, float(counts[0]))
     rank = dist.get_rank()
@@ -56,11 +56,12 @@ def gather_with_gradient(features: Float[Tensor, "rows dim"]) -> Gathered:
 
 def gather_numbers(values: Tensor) -> Tensor:
     """Gather (n,) whole numbers of all processes, without gradient."""
-    counts = _counts(len(values))
+    counts = row_counts(len(values))
     return values if len(counts) == 1 else _all_gather(values, counts)
 
 
-def _counts(own: int) -> list[int]:
+def row_counts(own: int) -> list[int]:
+    """The number of rows of each process, in the order of ranks."""
     size = world_size()
     if size == 1:
         return [own]

@@ -14,6 +14,7 @@ from contrastive_mm.losses.modules import (
     SupConLoss,
 )
 from contrastive_mm.losses.nt_xent import dcl, hard_negative_nt_xent, nt_xent
+from contrastive_mm.losses.ring import ring_info_nce
 from contrastive_mm.losses.similarity import LearnableTemperature, Similarity, Temperature
 from contrastive_mm.losses.supcon import supcon
 
@@ -32,6 +33,7 @@ __all__ = [
     "hard_negative_nt_xent",
     "info_nce",
     "nt_xent",
+    "ring_info_nce",
     "self_logsumexp",
     "supcon",
     "two_way_logsumexp",

@@ -54,7 +54,7 @@ class LearnableTemperature(nn.Module):
         with torch.no_grad():
             # The parameter itself, as in CLIP's training loop: clamping only its use would leave it without gradient.
             self.log_scale.clamp_(max=math.log(self.largest_scale))
-        return (-self.log_scale.float()).exp()
+        return (-widen(self.log_scale)).exp()
 
 
 def check_temperature(temperature: Temperature) -> None:

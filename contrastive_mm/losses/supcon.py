@@ -70,7 +70,7 @@ def supcon(
                 "with several samples a class, or give a second view."
             )
         losses = torch.where(known, candidates - similarity_sum / totals.clamp_min(1e-12), 0.0)
-        counted = known.sum()
+        counted = known.sum().to(losses.dtype)
         if gather and world_size() > 1:
             # Views with a positive may be spread unevenly: the mean number a process keeps every view's weight alike.
             counted = gather_numbers(counted[None]).sum() / world_size()
