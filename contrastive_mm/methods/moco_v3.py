@@ -1,0 +1,68 @@
+"""MoCo v3: momentum keys of the same batch, no queue, a prediction head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from contrastive_mm.heads import ProjectionHead
+from contrastive_mm.losses import info_nce
+from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.momentum import MomentumEncoder
+from contrastive_mm.views import Views, encode_views
+
+
+@dataclass(frozen=True)
+class MoCoV3Config:
+    """MoCo v3 (Chen, Xie and He 2021)."""
+
+    temperature: float = 0.2
+    """Divides the cosine similarity (0.2 for ViT, 1.0 for ResNet-50 in the released code)."""
+    momentum: float = 0.99
+    """Share of the key encoder kept at each step, rising to 1 over the run on half a cosine."""
+    hidden_dim: int = 512
+    """Width of the heads' hidden layers (4096 in the paper)."""
+    projection_dim: int = 128
+    """Dimensions in which query and key are compared (256 in the paper)."""
+
+
+class MoCoV3(Method):
+    """MoCo v3 (Chen, Xie and He 2021, arXiv 2104.02057, algorithm 1).
+
+    Both views are queries, behind projection and prediction head, and both are keys, from the momentum encoder
+    without prediction head; a query's negatives are the other keys of the batch. The loss is the mean of both
+    directions times 4 T: the algorithm adds the two and multiplies by 2 T, which keeps the gradient's size when T
+    changes. The projection head has three layers with BatchNorm after each, without affine weights in the last,
+    where the paper's section 4 names a plain MLP and the released code has the BatchNorms.
+    """
+
+    config_class = MoCoV3Config
+
+    def __init__(self, encoder: nn.Module, config: MoCoV3Config | None = None) -> None:
+        config = config or MoCoV3Config()
+        super().__init__(encoder, config)
+        self.temperature = config.temperature
+        dim, hidden = config.projection_dim, config.hidden_dim
+        self.projector = nn.Sequential(
+            ProjectionHead(self.feature_dim, hidden, dim, num_layers=3), nn.BatchNorm1d(dim, affine=False)
+        )
+        self.predictor = nn.Sequential(ProjectionHead(dim, hidden, dim), nn.BatchNorm1d(dim, affine=False))
+        self.momentum_encoder = MomentumEncoder(self._online(), config.momentum)
+
+    def _online(self) -> nn.Sequential:
+        return nn.Sequential(self.encoder, self.projector)
+
+    def forward(self, views: Views) -> Objective:
+        """InfoNCE of each view's query with the other view's key."""
+        pair = views.require_pair("MoCo v3")
+        first, second = encode_views(nn.Sequential(self.encoder, self.projector, self.predictor), pair)
+        first_key, second_key = encode_views(self.momentum_encoder, pair)
+        options = {"temperature": self.temperature, "positives": views.positives, "gather": True}
+        losses = info_nce(first, second_key, **options) + info_nce(second, first_key, **options)
+        metrics = {"positive_similarity": positive_similarity(first, second_key)}
+        return Objective(2 * self.temperature * losses, metrics)
+
+    def after_step(self) -> None:
+        """Move the key encoder."""
+        self.momentum_encoder.update(self._online())
