@@ -1,6 +1,7 @@
 """The bank of instances against loops over plain lists."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -61,8 +62,8 @@ def test_read_gives_the_slots_in_the_shape_asked_for(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_mixed_in_float32(dtype):
-    bank, features = InstanceBank(5, 3, dtype=dtype), torch.randn(2, 3)
-    expected = written(bank.features().double().tolist(), 0.5, [1, 3], features.double().tolist())
+    bank, features = InstanceBank(5, 3, 0.9, dtype=dtype), torch.randn(2, 3)
+    expected = written(bank.features().double().tolist(), 0.9, [1, 3], features.double().tolist())
     bank.write(torch.tensor([1, 3]), features)
     rounded = torch.tensor(expected).to(dtype)
     assert torch.equal(bank.features(), rounded)
@@ -146,4 +147,7 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(UserError, match=problem):
             call()
+    with pytest.raises(UserError, match="`ids` has 1 entries, but `features` has 2 rows"):
+        # Without the tests' own shape checks, as a user calls it.
+        inspect.unwrap(InstanceBank.write)(bank, torch.tensor([2]), torch.ones(2, 2))
     assert torch.equal(bank.features(), InstanceBank(4, 2).features())

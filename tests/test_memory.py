@@ -1,4 +1,5 @@
 import copy
+import inspect
 
 import pytest
 import torch
@@ -185,6 +186,7 @@ def test_bad_input_is_named():
 
 def test_ids_of_another_number_than_the_rows_leave_the_queue_as_it_was():
     queue = FeatureQueue(4, 2, with_ids=True)
-    with pytest.raises(Exception, match="ids"):  # under the tests' type checker already on the way in
-        queue.push(torch.ones(2, 2), torch.zeros(1, dtype=torch.long))
+    # Without the tests' own shape checks, as a user calls it.
+    with pytest.raises(UserError, match="`ids` has 1 entries, but `features` has 2 rows"):
+        inspect.unwrap(FeatureQueue.push)(queue, torch.ones(2, 2), torch.zeros(1, dtype=torch.long))
     assert len(queue) == 0

@@ -35,11 +35,13 @@ def logits(rank):
 def written_banks(steps):
     queue, bank = FeatureQueue(8, 4, with_ids=True), InstanceBank(10, 4)
     half = FeatureQueue(8, 4, dtype=torch.bfloat16, device="cpu")
+    lengths = []
     for features, ids in steps:
         queue.push(features, ids)
+        lengths.append(len(queue))
         half.push(features)
         bank.write(ids, features)
-    return {"queue": queue.state_dict(), "half": half.state_dict(), "bank": bank.state_dict()}
+    return {"lengths": lengths, "queue": queue.state_dict(), "half": half.state_dict(), "bank": bank.state_dict()}
 
 
 def train_moco(rank):
@@ -105,7 +107,7 @@ def test_rows_are_gathered_in_the_order_of_the_processes(ranks):
         assert result["flags"].tolist() == [True, False, False, True, False, True]
 
 
-@pytest.mark.parametrize("name", ["queue", "half", "bank"])
+@pytest.mark.parametrize("name", ["lengths", "queue", "half", "bank"])
 def test_banks_are_the_same_on_all_processes_and_as_in_one(ranks, name):
     expected = written_banks(together())[name]
     for result in ranks:
