@@ -138,6 +138,7 @@ def test_bad_input_is_named():
     for call, problem in [
         (lambda: InstanceBank(4, 0), "dim=0"),
         (lambda: InstanceBank(4, 2, momentum=1.0), r"momentum = 1\.0"),
+        (lambda: InstanceBank(4, 2, seed=-1), "seed = -1"),
         (lambda: bank.read(torch.tensor([[0, 4]])), "id 4 is outside the instance bank, which has size=4"),
         (lambda: bank.write(torch.tensor([2, -1]), torch.ones(2, 2)), "id -1 is outside"),
         (lambda: bank.write(torch.tensor([2]), torch.ones(1, 3)), "2 dimensions, but `features` has 3"),

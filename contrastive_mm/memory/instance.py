@@ -41,14 +41,14 @@ class InstanceBank(StoredRows):
         size: samples in the training data, n; ids run from 0 to size - 1.
         dim: dimensions of a feature.
         momentum: share of the old feature kept when a sample is seen again, from 0 up to, but not including, 1.
-        seed: decides the starting vectors and the stream of negatives.
+        seed: decides the starting vectors and the stream of negatives; 0 or above.
         dtype: type in which features are kept and read; they are mixed in float32.
         device: None keeps the rows on the module's device. ``"cpu"`` keeps them on the CPU, and only what
             ``read`` asks for is copied to the module's device.
 
     Raises:
-        UserError: size or dim below 1, momentum outside the range, a dtype that isn't floating point, or another
-            device.
+        UserError: size or dim below 1, momentum or seed outside the range, a dtype that isn't floating point, or
+            another device.
     """
 
     def __init__(
@@ -64,6 +64,8 @@ class InstanceBank(StoredRows):
         check_size("An instance bank", size, dim, dtype)
         if not 0.0 <= momentum < 1.0:
             raise UserError(f"momentum = {momentum}; it must be at least 0 and below 1, or the bank never changes.")
+        if seed < 0:
+            raise UserError(f"seed = {seed}; it must be 0 or above.")
         start = F.normalize(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
         super().__init__({"features": start.to(dtype)}, device)
         self.size = size

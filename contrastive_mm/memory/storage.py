@@ -16,9 +16,9 @@ class StoredRows(nn.Module):
     """Columns of rows that outlive a batch; what ``FeatureQueue`` and ``InstanceBank`` have in common.
 
     The columns are in ``state_dict`` (as extra state) without being buffers. DistributedDataParallel sends every
-    buffer from the first process to the others at each forward, which for a bank that is already the same on all
-    of them is megabytes for nothing, and fails for rows on the CPU beside NCCL. For the same reason a cast of the
-    module around it leaves the bank's own dtype alone.
+    buffer from the first process to the others at each forward: megabytes for nothing where a bank is the same on
+    all of them already, and NCCL can't send rows that lie on the CPU. A cast of the module around the bank leaves
+    the bank's own dtype alone.
 
     Args:
         columns: the content at the start, one tensor a column, all of the same length.
