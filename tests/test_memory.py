@@ -111,7 +111,7 @@ def test_rows_kept_on_the_cpu_stay_there_when_the_module_moves(stays):
     queue.push(rows(0, 3), torch.arange(3))
     queue.to("meta")
     assert queue.features().device.type == queue.ids().device.type == "meta", "handed out where the module is"
-    kept_on = queue.state_dict()["_extra_state"]["columns"]["features"].device.type
+    kept_on = queue.state_dict()["features"].device.type
     assert kept_on == ("cpu" if stays else "meta")
     if stays:
         queue.to_empty(device="cpu")
@@ -148,7 +148,7 @@ def test_rows_kept_on_the_cpu_reach_the_gpu_in_time(ahead):
             queue.prefetch()
         read = queue.features()
         assert read.is_cuda
-        assert torch.equal(read.cpu(), queue.state_dict()["_extra_state"]["columns"]["features"][: len(queue)])
+        assert torch.equal(read.cpu(), queue.state_dict()["features"][: len(queue)])
     ids = torch.arange(7, device="cuda")
     bank.write(ids, torch.ones(7, 128, device="cuda"))
     assert torch.equal(bank.read(ids).cpu(), bank.features()[:7].cpu())
@@ -178,10 +178,22 @@ def test_bad_input_is_named():
         (lambda: FeatureQueue(4, 2).push(torch.ones(1, 2), torch.ones(1).long()), "keeps no ids"),
         (lambda: FeatureQueue(4, 2).ids(), "with_ids=True"),
         (lambda: FeatureQueue(4, 2, with_ids=True).push(torch.ones(1, 2)), "one integer for each row"),
-        (lambda: FeatureQueue(4, 2).load_state_dict(FeatureQueue(5, 2).state_dict()), r"\(5, 2\)}, this one"),
+        (
+            lambda: FeatureQueue(4, 2).load_state_dict(FeatureQueue(5, 2).state_dict()),
+            r"features has shape \(5, 2\), this FeatureQueue\'s \(4, 2\)",
+        ),
     ]:
         with pytest.raises(UserError, match=problem):
             make()
+
+
+def test_a_missing_and_a_surplus_column_are_reported():
+    plain, labelled = FeatureQueue(4, 2), FeatureQueue(4, 2, with_ids=True)
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.ids"'):
+        torch.nn.Sequential(labelled).load_state_dict(torch.nn.Sequential(plain).state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "0.ids"'):
+        torch.nn.Sequential(plain).load_state_dict(torch.nn.Sequential(labelled).state_dict())
+    assert "ids" in labelled.state_dict(), "loading leaves the given state as it was"
 
 
 def test_ids_of_another_number_than_the_rows_leave_the_queue_as_it_was():

@@ -195,20 +195,15 @@ class InstanceBank(StoredRows):
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The content, the place in the stream of negatives and the normaliser, for ``state_dict``."""
-        own = {"seed": self.seed, "draws": self._draws, "log_normaliser": self._log_normaliser}
-        return {**super().get_extra_state(), **own}
+        """The place in the stream of negatives and the normaliser, for ``state_dict``."""
+        fixed = None if self._log_normaliser is None else float(self._log_normaliser)
+        return {"seed": self.seed, "draws": self._draws, "log_normaliser": fixed}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take back what ``get_extra_state`` gave.
-
-        Raises:
-            UserError: it comes from a bank of another size.
-        """
-        super().set_extra_state(state)
+        """Take back what ``get_extra_state`` gave."""
         self.seed, self._draws = int(state["seed"]), int(state["draws"])
         fixed = state["log_normaliser"]
-        self._log_normaliser = None if fixed is None else fixed.to(self._home, copy=True)
+        self._log_normaliser = None if fixed is None else torch.tensor(fixed, device=self._home)
 
 
 def _last_with_same_id(ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:

@@ -122,16 +122,11 @@ class FeatureQueue(StoredRows):
         column[start : start + until_end] = kept[:until_end]
         column[: len(kept) - until_end] = kept[until_end:]
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The content, the write position and the fill level, for ``state_dict``."""
-        return {**super().get_extra_state(), "cursor": self._cursor, "filled": self._filled}
+    def get_extra_state(self) -> dict[str, int]:
+        """The write position and the fill level, for ``state_dict``."""
+        return {"cursor": self._cursor, "filled": self._filled}
 
     def set_extra_state(self, state: Any) -> None:
-        """Take back what ``get_extra_state`` gave.
-
-        Raises:
-            UserError: it comes from a queue of another size.
-        """
-        super().set_extra_state(state)
+        """Take back what ``get_extra_state`` gave."""
         self._cursor = int(state["cursor"])
         self._filled = int(state["filled"])

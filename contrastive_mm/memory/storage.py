@@ -15,7 +15,7 @@ from contrastive_mm.errors import UserError
 class StoredRows(nn.Module):
     """Columns of rows that outlive a batch; what ``FeatureQueue`` and ``InstanceBank`` have in common.
 
-    The columns are in ``state_dict`` (as extra state) without being buffers. DistributedDataParallel sends every
+    The columns are in ``state_dict`` without being buffers. DistributedDataParallel sends every
     buffer from the first process to the others at each forward: megabytes for nothing where a bank is the same on
     all of them already, and NCCL can't send rows that lie on the CPU. A cast of the module around the bank leaves
     the bank's own dtype alone.
@@ -26,7 +26,7 @@ class StoredRows(nn.Module):
             an accelerator, and copies what is read over to it.
 
     Raises:
-        UserError: another device, or a dtype of features that isn't floating point.
+        UserError: another device; in ``load_state_dict``, columns of another shape.
     """
 
     def __init__(self, columns: Mapping[str, Tensor], device: str | None) -> None:
@@ -87,25 +87,35 @@ class StoredRows(nn.Module):
                 self._columns[name] = column.pin_memory()
         return self
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The content, for ``state_dict``."""
-        return {"columns": dict(self._columns)}
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: column for name, column in self._columns.items()})
 
-    def set_extra_state(self, state: Any) -> None:
-        """Take back what ``get_extra_state`` gave.
-
-        Raises:
-            UserError: it comes from a bank of other columns or sizes.
-        """
-        theirs = {name: tuple(column.shape) for name, column in state["columns"].items()}
-        own = {name: tuple(column.shape) for name, column in self._columns.items()}
-        if theirs != own:
-            raise UserError(
-                f"The saved {type(self).__name__} holds {theirs}, this one {own}: make it with the size, dim and "
-                "columns that it was saved with."
-            )
-        for name, column in state["columns"].items():
-            self._column_to_write(name).copy_(column)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, column in self._columns.items():
+            # Taken out, or torch would call it unexpected below; the caller's dict is not this one.
+            saved = state_dict.pop(prefix + name, None)
+            if saved is None:
+                missing_keys.append(prefix + name)
+            elif saved.shape != column.shape:
+                raise UserError(
+                    f"The saved {prefix}{name} has shape {tuple(saved.shape)}, this {type(self).__name__}'s "
+                    f"{tuple(column.shape)}: make it with the size and dim that it was saved with."
+                )
+            else:
+                self._column_to_write(name).copy_(saved)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def __len__(self) -> int:
         raise NotImplementedError
