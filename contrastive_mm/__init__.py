@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from contrastive_mm.batches import ShuffledBatches
     from contrastive_mm.losses import info_nce, nt_xent
-    from contrastive_mm.memory import FeatureQueue
+    from contrastive_mm.memory import FeatureQueue, InstanceBank
     from contrastive_mm.momentum import MomentumEncoder
+    from contrastive_mm.positives import Positives
     from contrastive_mm.training import Trainer, TrainerConfig, Updater
     from contrastive_mm.views import Views, encode_views
 
@@ -21,7 +22,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "FeatureQueue": "contrastive_mm.memory",
+    "InstanceBank": "contrastive_mm.memory",
     "MomentumEncoder": "contrastive_mm.momentum",
+    "Positives": "contrastive_mm.positives",
     "ShuffledBatches": "contrastive_mm.batches",
     "Trainer": "contrastive_mm.training",
     "TrainerConfig": "contrastive_mm.training",
@@ -34,7 +37,9 @@ _HOME = {
 
 __all__ = [
     "FeatureQueue",
+    "InstanceBank",
     "MomentumEncoder",
+    "Positives",
     "ShuffledBatches",
     "Trainer",
     "TrainerConfig",

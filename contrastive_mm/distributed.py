@@ -1,8 +1,8 @@
-"""Features of all processes, with right gradients.
+"""What several processes share of a batch. In a single process every function here is the identity.
 
 Each process takes the mean over its own rows against the columns of all, and data-parallel training averages the
 processes' gradients. For that average to be the gradient of the whole batch's loss, the gradient that flows back
-through the gathering must be the sum over all processes: no factor of the number of processes anywhere.
+through the gathering must be the sum over all processes: no factor of their number anywhere.
 """
 
 from __future__ import annotations
@@ -12,13 +12,54 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
-def world_size() -> int:
-    """Number of processes that train together; 1 without torch.distributed."""
+def process_count() -> int:
+    """How many processes train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def row_counts(rows: Shaped[Tensor, " rows *rest"]) -> list[int]:
+    """How many rows each process holds, in the order of the processes.
+
+    A collective: every process calls it, those without a row too. On a GPU it waits for the device.
+    """
+    if process_count() == 1:
+        return [len(rows)]
+    own = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(own) for _ in range(process_count())]
+    dist.all_gather(counts, own)
+    return [int(count) for count in torch.cat(counts).tolist()]
+
+
+@torch.no_grad()
+def gather_rows(
+    rows: Shaped[Tensor, " rows *rest"], counts: list[int] | None = None
+) -> Shaped[Tensor, " all_rows *rest"]:
+    """The rows of all processes, without gradient, in the order of the processes; the same on each of them.
+
+    A collective, as ``row_counts``. Processes may hold different numbers of rows, as in a last batch: each pads
+    to the largest number, and the padding is cut away again.
+
+    Args:
+        rows: this process's rows, all of one type and trailing shape across processes.
+        counts: ``row_counts(rows)``, where it is known already.
+    """
+    if process_count() == 1:
+        return rows.detach()
+    counts = row_counts(rows) if counts is None else counts
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -46,57 +87,29 @@ def gather_with_gradient(features: Float[Tensor, "rows dim"]) -> Gathered:
     Returns:
         The (N, D) rows of all. With one process they are ``features`` itself.
     """
-    counts = row_counts(len(features))
+    counts = row_counts(features)
     if len(counts) == 1:
         return Gathered(features, 0, float(counts[0]))
-    rank = dist.get_rank()
     rows: Tensor = _Gather.apply(features, counts)  # type: ignore[no-untyped-call]
-    return Gathered(rows, sum(counts[:rank]), sum(counts) / len(counts))
-
-
-def gather_numbers(values: Tensor) -> Tensor:
-    """Gather (n,) whole numbers of all processes, without gradient."""
-    counts = row_counts(len(values))
-    return values if len(counts) == 1 else _all_gather(values, counts)
-
-
-def row_counts(own: int) -> list[int]:
-    """The number of rows of each process, in the order of ranks."""
-    size = world_size()
-    if size == 1:
-        return [own]
-    counts: list[Any] = [None] * size
-    dist.all_gather_object(counts, own)
-    return [int(count) for count in counts]
-
-
-def _all_gather(values: Tensor, counts: list[int]) -> Tensor:
-    longest = max(counts)
-    padded = values.new_zeros(longest, *values.shape[1:])
-    padded[: len(values)] = values
-    gathered = values.new_empty(len(counts) * longest, *values.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
-    parts = gathered.split(longest)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return Gathered(rows, sum(counts[: process_index()]), sum(counts) / len(counts))
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
-        return _all_gather(features.contiguous(), counts)
+        return gather_rows(features, counts)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        counts, rank = ctx.counts, dist.get_rank()
-        longest = max(counts)
-        padded = gradient.new_zeros(len(counts), longest, *gradient.shape[1:])
+        counts, rank = ctx.counts, process_index()
+        padded = gradient.new_zeros(len(counts), max(counts), *gradient.shape[1:])
         for part, own in zip(padded, gradient.split(counts), strict=True):
             part[: len(own)] = own
         if dist.get_backend() == "gloo":
-            # gloo has no reduce-scatter in the releases that are supported; the sum of all and one's own part is it.
+            # gloo has no reduce-scatter in all supported releases; the sum of all, and of it one's own part, is it.
             dist.all_reduce(padded)
             return padded[rank, : counts[rank]], None
-        result = gradient.new_empty(longest, *gradient.shape[1:])
-        dist.reduce_scatter_tensor(result, padded.flatten(0, 1))
+        result = torch.empty_like(padded[0])
+        dist.reduce_scatter(result, list(padded))
         return result[: counts[rank]], None

@@ -199,6 +199,7 @@ class Trainer:
         )
         self.method = method
         self.total_steps = config.steps or config.epochs * len(self.batches)
+        method.set_total_steps(self.total_steps)
         self.step = 0
         self.seconds = 0.0
         self.log = MetricsLog(self.output / "metrics.jsonl")

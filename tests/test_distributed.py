@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from contrastive_mm.distributed import gather_numbers, gather_with_gradient, world_size
+from contrastive_mm.distributed import gather_rows, gather_with_gradient, process_count
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
@@ -43,7 +43,7 @@ def test_gradients_are_those_of_one_process(ratios):
 def test_one_process_gathers_nothing():
     features = torch.randn(3, 2)
     gathered = gather_with_gradient(features)
-    assert world_size() == 1
+    assert process_count() == 1
     assert gathered.rows is features
     assert (gathered.offset, gathered.mean_rows) == (0, 3.0)
-    assert torch.equal(gather_numbers(torch.arange(3)), torch.arange(3))
+    assert torch.equal(gather_rows(torch.arange(3)), torch.arange(3))

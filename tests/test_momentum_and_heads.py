@@ -1,32 +1,40 @@
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.heads import BilinearSimilarity, LayerNormHead, ProjectionHead
-from contrastive_mm.momentum import MomentumEncoder
+from contrastive_mm.momentum import MomentumEncoder, cosine_momentum
+
+
+def moved(source):
+    """The same module with other weights, as after an optimizer's step."""
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return source
 
 
 def test_update_equals_the_formula():
     source = nn.Linear(3, 2)
     slow = MomentumEncoder(source, 0.9)
     before = [p.clone() for p in slow.module.parameters()]
-    with torch.no_grad():
-        for parameter in source.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    slow.update(source)
+    slow.update(moved(source))
     for old, new, fast in zip(before, slow.module.parameters(), source.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * fast)
 
 
-@pytest.mark.parametrize(("momentum", "moved"), [(1.0, False), (0.0, True)])
-def test_ends_of_the_range(momentum, moved):
+@pytest.mark.parametrize(("momentum", "arrives"), [(1.0, False), (0.0, True)])
+def test_ends_of_the_range(momentum, arrives):
     source = nn.Linear(3, 2)
     slow = MomentumEncoder(source, momentum)
     with torch.no_grad():
         source.weight.add_(1.0)
     slow.update(source)
-    assert torch.allclose(slow.module.weight, source.weight) is moved
+    assert torch.allclose(slow.module.weight, source.weight) is arrives
 
 
 def test_no_gradient_reaches_the_copy():
@@ -45,9 +53,97 @@ def test_stays_in_train_mode_and_keeps_its_own_batch_statistics():
     assert float(source.running_mean.abs().max()) == 0
 
 
-def test_momentum_outside_the_range_is_refused():
-    with pytest.raises(UserError, match=r"momentum = 1\.5"):
-        MomentumEncoder(nn.Linear(2, 2), 1.5)
+def test_the_cosine_goes_from_the_base_to_one_and_stays():
+    values = [cosine_momentum(0.96, step, 100) for step in range(103)]
+    for step in range(101):
+        assert values[step] == pytest.approx(1 - 0.04 * (math.cos(math.pi * step / 100) + 1) / 2, abs=1e-12)
+    assert values[0] == pytest.approx(0.96)
+    assert values[50] == pytest.approx(0.98)
+    assert values[100:] == [1.0, 1.0, 1.0]
+    assert values == sorted(values)
+
+
+def test_scheduled_updates_equal_a_loop():
+    source = nn.Linear(1, 1, bias=False)
+    slow, expected = MomentumEncoder(source, 0.5, total_steps=4), source.weight.item()
+    for step in range(6):
+        fast = moved(source).weight.item()
+        momentum = 1 - 0.5 * (math.cos(math.pi * min(step, 4) / 4) + 1) / 2
+        assert slow.current_momentum == pytest.approx(momentum)
+        slow.update(source)
+        expected = momentum * expected + (1 - momentum) * fast
+        assert slow.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_forwards_between_two_updates_do_not_move_the_schedule():
+    slow = MomentumEncoder(nn.Linear(3, 2), 0.5, total_steps=10)
+    for _ in range(4):
+        slow(torch.randn(2, 3))
+    assert slow.current_momentum == 0.5
+
+
+def test_a_resumed_schedule_goes_on_where_it_was(tmp_path):
+    source = nn.Linear(3, 2)
+    slow, other = (MomentumEncoder(source, 0.5, total_steps=10) for _ in range(2))
+    for _ in range(3):
+        slow.update(moved(source))
+    torch.save(slow.state_dict(), tmp_path / "slow.pt")
+    other.load_state_dict(torch.load(tmp_path / "slow.pt", weights_only=True))
+    moved(source)
+    for each in (slow, other):
+        each.update(source)
+    assert other.current_momentum == slow.current_momentum == cosine_momentum(0.5, 4, 10)
+    assert torch.equal(other.module.weight, slow.module.weight)
+
+
+def test_buffers_follow_the_source_where_that_is_asked_for():
+    source = nn.BatchNorm1d(2)
+    slow = MomentumEncoder(source, 0.5, buffers="copy")
+    source(torch.randn(64, 2) + 3)
+    slow.update(source)
+    assert torch.equal(slow.module.running_mean, source.running_mean)
+    assert slow.module.num_batches_tracked == 1
+    source(torch.randn(64, 2))
+    assert not torch.equal(slow.module.running_mean, source.running_mean), "copied, not shared"
+
+
+def test_an_existing_slow_copy_is_used_frozen_and_moved():
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    slow = MomentumEncoder(source, 0.9, module=target)
+    before = target.weight.clone()
+    slow.update(source)
+    assert slow.module is target
+    assert not target.weight.requires_grad
+    torch.testing.assert_close(target.weight, 0.9 * before + 0.1 * source.weight)
+    assert source.weight.requires_grad
+
+
+def test_a_copy_that_its_owner_moves_is_left_alone():
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    slow, before = MomentumEncoder(source, 0.0, module=target, updated_elsewhere=True), target.weight.clone()
+    slow.update(source)
+    assert torch.equal(target.weight, before)
+    with torch.no_grad():
+        target.weight.zero_()
+        target.bias.zero_()
+    assert torch.equal(slow(torch.randn(4, 3)), torch.zeros(4, 2)), "what its owner did is seen"
+
+
+def test_bad_input_is_named():
+    source = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    tied = nn.Sequential(copy.deepcopy(source[0]), source[1])
+    for options, problem in [
+        ({"momentum": 1.5}, r"momentum = 1\.5"),
+        ({"total_steps": 0}, "total_steps = 0"),
+        ({"updated_elsewhere": True}, "needs `module`"),
+        ({"module": source}, r"0\.weight in common with `source`"),
+        ({"module": tied}, r"1\.weight in common with `source`"),
+        ({"module": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 4))}, r"1\.weight has shape \(4, 2\), there \(3, 2\)"),
+        ({"module": nn.Linear(2, 2)}, "2 of them, there 4"),
+    ]:
+        with pytest.raises(UserError, match=problem):
+            MomentumEncoder(source, **options)
+    assert all(parameter.requires_grad for parameter in source.parameters())
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contrastive_mm.distributed import Gathered, gather_numbers, gather_with_gradient, world_size
+from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, process_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_columns, check_ids, check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, two_way_logsumexp
@@ -108,7 +108,7 @@ class _Candidates:
         self.query, self.key, self.negatives, self.scale = query * scale, key, negatives, scale
         self.ids, self.negative_ids, self.in_batch = ids, negative_ids, in_batch
         self.gathered: tuple[Gathered, Gathered] | None = None
-        if gather and in_batch and world_size() > 1:
+        if gather and in_batch and process_count() > 1:
             self.gathered = gather_with_gradient(self.query), gather_with_gradient(key)
 
     def logsumexp(self, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ class _Candidates:
         if self.gathered is not None:
             # A second direction shares no matrix here: own rows stand against all columns both times.
             queries, keys = self.gathered
-            all_ids = None if ids is None else gather_numbers(ids)
+            all_ids = None if ids is None else gather_rows(ids)
             forth = cross_logsumexp(self.query, keys.rows, ids, all_ids)
             back = cross_logsumexp(self.key, queries.rows, ids, all_ids) if symmetric else forth
         elif symmetric:
@@ -160,7 +160,7 @@ def _check_options(
     gather: bool,
 ) -> None:
     rows = query.shape[0]
-    others = rows * world_size() if gather else rows
+    others = rows * process_count() if gather else rows
     if (others - 1 if in_batch else 0) + (0 if negatives is None else len(negatives)) == 0:
         raise UserError(
             "info_nce has no negative to compare with: give `negatives` (is the queue still empty?), "
@@ -181,5 +181,5 @@ def _check_options(
         raise UserError("`positives` names keys of the batch as positives; it needs in_batch_negatives=True.")
     if ids is not None:
         raise UserError("`ids` leaves keys out of the candidates that `positives` may name; give one of the two.")
-    if gather and world_size() > 1:
+    if gather and process_count() > 1:
         raise UserError("`positives` among the samples of several processes are not supported; use supcon or ids.")

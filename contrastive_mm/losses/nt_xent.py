@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from contrastive_mm.distributed import Gathered, gather_with_gradient, world_size
+from contrastive_mm.distributed import Gathered, gather_with_gradient, process_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp
@@ -166,7 +166,7 @@ class _Views:
         self.count = len(first)
         self.own = prepare_key(torch.cat([first, second]), similarity) * root
         self.gathered: tuple[Gathered, Gathered] | None = None
-        if gather and world_size() > 1:
+        if gather and process_count() > 1:
             self.gathered = (
                 gather_with_gradient(self.own[: self.count]),
                 gather_with_gradient(self.own[self.count :]),

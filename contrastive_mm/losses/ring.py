@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from contrastive_mm.distributed import row_counts
+from contrastive_mm.distributed import process_index, row_counts
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses import tiled
 from contrastive_mm.losses.checks import check_pair
@@ -47,7 +47,7 @@ def ring_info_nce(
     """
     check_pair(query, key, "query", "key")
     check_temperature(temperature)
-    counts = row_counts(len(query))
+    counts = row_counts(query)
     if sum(counts) < 2:
         raise UserError("ring_info_nce has no negative to compare with: there is one sample in all processes.")
     with full_precision(query):
@@ -71,7 +71,7 @@ def _round(parts: list[Tensor], counts: list[int]) -> Iterator[tuple[list[Tensor
     writes into them travels on.
     """
     size = len(counts)
-    rank = dist.get_rank() if size > 1 else 0
+    rank = process_index()
     longest = max(counts)
     held = [F.pad(part, (0, 0, 0, longest - len(part))) for part in parts]
     for step in range(size):

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from contrastive_mm.distributed import gather_numbers, gather_with_gradient, world_size
+from contrastive_mm.distributed import gather_rows, gather_with_gradient, process_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_features, check_ids, check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp
@@ -58,7 +58,7 @@ def supcon(
         scale = scale_of(temperature, prepare_key(first[:1], "dot"))
         root = scale.sqrt() if isinstance(scale, Tensor) else scale**0.5
         views = [prepare_key(view, similarity) * root for view in (first, second) if view is not None]
-        if gather and world_size() > 1:
+        if gather and process_count() > 1:
             sums, totals, candidates = _of_all_processes(views, positives)
         else:
             sums, totals, candidates = _of_one_process(views, positives)
@@ -71,9 +71,9 @@ def supcon(
             )
         losses = torch.where(known, candidates - similarity_sum / totals.clamp_min(1e-12), 0.0)
         counted = known.sum().to(losses.dtype)
-        if gather and world_size() > 1:
+        if gather and process_count() > 1:
             # Views with a positive may be spread unevenly: the mean number a process keeps every view's weight alike.
-            counted = gather_numbers(counted[None]).sum() / world_size()
+            counted = gather_rows(counted[None]).sum() / process_count()
         return losses.sum() / counted.clamp_min(1)
 
 
@@ -105,7 +105,7 @@ def _of_all_processes(views: list[Tensor], positives: Positives) -> tuple[Tensor
     if positives.ids is None or positives.times is not None:
         raise UserError("In several processes supcon takes class labels only: a matrix is of one process's samples.")
     gathered = [gather_with_gradient(view) for view in views]
-    ids, total, offset = gather_numbers(positives.ids), len(gathered[0].rows), gathered[0].offset
+    ids, total, offset = gather_rows(positives.ids), len(gathered[0].rows), gathered[0].offset
     summed = sum((part.rows for part in gathered[1:]), gathered[0].rows)
     rows = slice(offset, offset + len(views[0]))
     grouped = Positives.of_groups(ids)

@@ -63,6 +63,9 @@ class Method(nn.Module, ABC):
     def forward(self, views: Views) -> Objective:
         """Compute the objective of one batch of views."""
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """Learn how many optimizer steps the run has, for schedules; called once, before the first step."""
+
     def after_step(self) -> None:
         """Update banks and momentum encoders; call it after the optimizer's step."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -31,9 +32,8 @@ class MoCoV3(Method):
     """MoCo v3 (Chen, Xie and He 2021, arXiv 2104.02057, algorithm 1).
 
     Both views are queries, behind projection and prediction head, and both are keys, from the momentum encoder
-    without prediction head; a query's negatives are the other keys of the batch. The loss is the mean of both
-    directions times 4 T: the algorithm adds the two and multiplies by 2 T, which keeps the gradient's size when T
-    changes. The projection head has three layers with BatchNorm after each, without affine weights in the last,
+    without prediction head; a query's negatives are the other keys of the batch. Both directions are added and
+    multiplied by 2 T, as in the algorithm: the gradient keeps its size when T changes. The projection head has three layers with BatchNorm after each, without affine weights in the last,
     where the paper's section 4 names a plain MLP and the released code has the BatchNorms.
     """
 
@@ -53,12 +53,16 @@ class MoCoV3(Method):
     def _online(self) -> nn.Sequential:
         return nn.Sequential(self.encoder, self.projector)
 
+    def set_total_steps(self, total_steps: int) -> None:
+        """The momentum rises to 1 over the run."""
+        self.momentum_encoder.total_steps = total_steps
+
     def forward(self, views: Views) -> Objective:
         """InfoNCE of each view's query with the other view's key."""
         pair = views.require_pair("MoCo v3")
         first, second = encode_views(nn.Sequential(self.encoder, self.projector, self.predictor), pair)
         first_key, second_key = encode_views(self.momentum_encoder, pair)
-        options = {"temperature": self.temperature, "positives": views.positives, "gather": True}
+        options: dict[str, Any] = {"temperature": self.temperature, "positives": views.positives, "gather": True}
         losses = info_nce(first, second_key, **options) + info_nce(second, first_key, **options)
         metrics = {"positive_similarity": positive_similarity(first, second_key)}
         return Objective(2 * self.temperature * losses, metrics)

@@ -82,9 +82,7 @@ class NNCLR(Method):
         return nearest_rows(features, self.queue.features()) if len(self.queue) else features
 
 
-def nearest_rows(
-    query: Float[Tensor, "batch dim"], rows: Float[Tensor, "rows dim"]
-) -> Float[Tensor, "batch dim"]:
+def nearest_rows(query: Float[Tensor, "batch dim"], rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "batch dim"]:
     """The row with the largest dot product for each query, in blocks, so that no (batch, rows) matrix is held."""
     best = query.new_full((len(query),), -torch.inf)
     found = torch.zeros_like(query)
