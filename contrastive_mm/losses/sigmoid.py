@@ -149,18 +149,21 @@ def _(
 @torch.library.custom_op(
     "contrastive_mm::sigmoid_pairs_backward",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor query, Tensor key, Tensor bias, Tensor[] gradients) -> Tensor[]",
+    schema="(Tensor gradient, Tensor query, Tensor key, Tensor bias, Tensor by_query, Tensor by_key, Tensor by_bias) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 def _sigmoid_pairs_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, bias: Tensor, gradients: list[Tensor]
-) -> list[Tensor]:
+    gradient: Tensor, query: Tensor, key: Tensor, bias: Tensor, by_query: Tensor, by_key: Tensor, by_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The chain rule; an operator, with the features among its inputs, so that a second derivative is refused."""
-    return [gradient * each for each in gradients]
+    return gradient * by_query, gradient * by_key, gradient * by_bias
 
 
 @_sigmoid_pairs_backward.register_fake
-def _(gradient: Tensor, query: Tensor, key: Tensor, bias: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(each) for each in gradients]
+def _(
+    gradient: Tensor, query: Tensor, key: Tensor, bias: Tensor, by_query: Tensor, by_key: Tensor, by_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(by_query), torch.empty_like(by_key), torch.empty_like(by_bias)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -170,8 +173,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, bias, *gradients = ctx.saved_tensors
-    by_query, by_key, by_bias = _sigmoid_pairs_backward(gradient, query, key, bias, gradients)
+    by_query, by_key, by_bias = _sigmoid_pairs_backward(gradient, *ctx.saved_tensors)
     return by_query if ctx.by_query else None, by_key if ctx.by_key else None, by_bias, None, None, None
 
 
