@@ -1,4 +1,4 @@
-"""Sums over processes that gradients flow through."""
+"""What several processes share of a batch. In a single process every function here is the identity."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def is_distributed() -> bool:
-    """Whether this program runs in several processes that know of each other."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def process_count() -> int:
+    """How many processes train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -21,7 +26,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     too, and DistributedDataParallel's average then gives exactly the gradient of one process on the whole batch.
     Every process must call it, with the same shape.
     """
-    if not is_distributed():
+    if process_count() == 1:
         return tensor
     result: Tensor = _AllReduceSum.apply(tensor)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from contrastive_mm.distributed import all_reduce_sum, is_distributed
+from contrastive_mm.distributed import all_reduce_sum, process_count
 from contrastive_mm.errors import UserError
 
 
@@ -15,7 +15,7 @@ def check_several_rows(rows: int, name: str, loss: str) -> None:
     Raises:
         UserError: there is one.
     """
-    if rows < 2 and not is_distributed():
+    if rows < 2 and process_count() == 1:
         raise UserError(f"{loss} needs at least 2 samples: `{name}` has 1, and compares with nothing.")
 
 

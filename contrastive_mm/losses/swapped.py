@@ -9,7 +9,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from contrastive_mm.distributed import all_reduce_sum, is_distributed
+from contrastive_mm.distributed import all_reduce_sum, process_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_columns, check_features, check_pair
 from contrastive_mm.losses.similarity import Temperature, check_temperature, full_precision, scale_of, widen
@@ -56,7 +56,7 @@ def sinkhorn(
 
 def _log_sum_over_batch(logarithms: Tensor) -> Tensor:
     """Log-sum-exp of each column over the rows of all processes."""
-    if not is_distributed():
+    if process_count() == 1:
         return logarithms.logsumexp(0)
     largest = logarithms.amax(0)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
