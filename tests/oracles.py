@@ -104,3 +104,99 @@ def uniformity(features, concentration):
     pairs = [(a, b) for i, a in enumerate(units) for j, b in enumerate(units) if i != j]
     potentials = [math.exp(-concentration * sum((x - y) ** 2 for x, y in zip(a, b, strict=True))) for a, b in pairs]
     return math.log(sum(potentials) / len(potentials))
+
+
+def columns(rows):
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def sinkhorn(scores, epsilon, iterations):
+    codes = [[math.exp(score / epsilon) for score in row] for row in scores]
+    for _ in range(iterations):
+        weights = [sum(column) for column in columns(codes)]
+        codes = [[code / weight for code, weight in zip(row, weights, strict=True)] for row in codes]
+        codes = [[code / sum(row) for code in row] for row in codes]
+    return codes
+
+
+def swapped_prediction(scores, num_global, temperature, epsilon, iterations, queue_scores):
+    losses = []
+    for full in range(num_global):
+        codes = sinkhorn(scores[full] + queue_scores[full], epsilon, iterations)
+        for view in range(len(scores)):
+            if view == full:
+                continue
+            for row, code in zip(scores[view], codes, strict=False):
+                logits = [score / temperature for score in row]
+                losses.append(sum(q * cross_entropy(logit, logits) for q, logit in zip(code, logits, strict=True)))
+    return mean(losses)
+
+
+def barlow_twins(first, second, weight, epsilon=1e-5):
+    def standardised(column):
+        middle = mean(column)
+        deviation = math.sqrt(mean([(x - middle) ** 2 for x in column]) + epsilon)
+        return [(x - middle) / deviation for x in column]
+
+    first, second = [[standardised(c) for c in columns(view)] for view in (first, second)]
+    total = 0.0
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            correlation = dot(a, b) / len(a)
+            total += (1 - correlation) ** 2 if i == j else weight * correlation**2
+    return total
+
+
+def vicreg(first, second, invariance, variance, covariance, epsilon=1e-4):
+    dim, count = len(first[0]), len(first)
+    squares = [(x - y) ** 2 for a, b in zip(first, second, strict=True) for x, y in zip(a, b, strict=True)]
+    total = invariance * mean(squares)
+    for view in (first, second):
+        centred = [[x - mean(column) for x in column] for column in columns(view)]
+        for i, a in enumerate(centred):
+            for j, b in enumerate(centred):
+                shared = dot(a, b) / (count - 1)
+                if i == j:
+                    total += variance * max(0.0, 1 - math.sqrt(shared + epsilon)) / dim / 2
+                else:
+                    total += covariance * shared**2 / dim
+    return total
+
+
+def sigmoid_loss(first, second, temperature, bias, similarity=cosine):
+    total = 0.0
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            logit = similarity(a, b) / temperature + bias
+            total += math.log1p(math.exp(-logit if i == j else logit))
+    return total / len(first)
+
+
+def triplet_margin(anchor, positive, margin, labels, mining, normalize, squared):
+    def unit(a):
+        return [x / math.sqrt(dot(a, a)) for x in a] if normalize else a
+
+    def distance(a, b):
+        square = sum((x - y) ** 2 for x, y in zip(unit(a), unit(b), strict=True))
+        return square if squared else math.sqrt(square)
+
+    losses = []
+    for i, a in enumerate(anchor):
+        to_negatives = [distance(a, b) for b, label in zip(positive, labels, strict=True) if label != labels[i]]
+        if not to_negatives:
+            continue
+        own = distance(a, positive[i])
+        if mining == "hard":
+            own = max(distance(a, b) for b, label in zip(positive, labels, strict=True) if label == labels[i])
+            negative = min(to_negatives)
+        elif mining == "semi-hard":
+            negative = min((d for d in to_negatives if d > own), default=max(to_negatives))
+        else:
+            order = [(i + step) % len(labels) for step in range(1, len(labels))]
+            negative = distance(a, positive[next(j for j in order if labels[j] != labels[i])])
+        losses.append(math.log1p(math.exp(own - negative)) if margin is None else max(0.0, own - negative + margin))
+    return mean(losses)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from contrastive_mm.errors import unknown_name
+from contrastive_mm.methods.barlow_twins import BarlowTwins, BarlowTwinsConfig
 from contrastive_mm.methods.base import Method, Objective
+from contrastive_mm.methods.byol import BYOL, BYOLConfig
 from contrastive_mm.methods.curl import CURL, CURLConfig
 from contrastive_mm.methods.moco import MoCo, MoCoConfig
 from contrastive_mm.methods.simclr import SimCLR, SimCLRConfig
 from contrastive_mm.methods.simcse import SimCSE, SimCSEConfig
+from contrastive_mm.methods.simsiam import SimSiam, SimSiamConfig
+from contrastive_mm.methods.swav import SwAV, SwAVConfig
+from contrastive_mm.methods.vicreg import VICReg, VICRegConfig
 
 METHODS: dict[str, type[Method]] = {
+    "barlow-twins": BarlowTwins,
+    "byol": BYOL,
     "curl": CURL,
     "moco": MoCo,
     "simclr": SimCLR,
     "simcse": SimCSE,
+    "simsiam": SimSiam,
+    "swav": SwAV,
+    "vicreg": VICReg,
 }
 
 
@@ -29,6 +39,10 @@ def get_method(name: str) -> type[Method]:
 
 
 __all__ = [
+    "BYOL",
+    "BYOLConfig",
+    "BarlowTwins",
+    "BarlowTwinsConfig",
     "CURL",
     "CURLConfig",
     "METHODS",
@@ -40,5 +54,11 @@ __all__ = [
     "SimCLRConfig",
     "SimCSE",
     "SimCSEConfig",
+    "SimSiam",
+    "SimSiamConfig",
+    "SwAV",
+    "SwAVConfig",
+    "VICReg",
+    "VICRegConfig",
     "get_method",
 ]

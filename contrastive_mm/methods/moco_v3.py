@@ -33,8 +33,9 @@ class MoCoV3(Method):
 
     Both views are queries, behind projection and prediction head, and both are keys, from the momentum encoder
     without prediction head; a query's negatives are the other keys of the batch. Both directions are added and
-    multiplied by 2 T, as in the algorithm: the gradient keeps its size when T changes. The projection head has three layers with BatchNorm after each, without affine weights in the last,
-    where the paper's section 4 names a plain MLP and the released code has the BatchNorms.
+    multiplied by 2 T, as in the algorithm: the gradient keeps its size when T changes. The projection head has three
+    layers with BatchNorm after each, without affine weights in the last, as in the released code; the paper's
+    section 4 names a plain MLP.
     """
 
     config_class = MoCoV3Config

@@ -1,0 +1,262 @@
+"""Methods on a small problem whose answer is known: samples of a cluster share six numbers, ten more are noise."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from contrastive_mm.errors import UserError
+from contrastive_mm.losses.barlow import barlow_twins
+from contrastive_mm.losses.vicreg import vicreg
+from contrastive_mm.methods import METHODS, SwAV, SwAVConfig, get_method
+from contrastive_mm.views import Views
+
+CLUSTERS, SIGNAL, NOISE = 8, 6, 10
+FAMILIES = ["barlow-twins", "byol", "simsiam", "swav", "vicreg"]
+SMALL = {
+    "barlow-twins": {"hidden_dim": 64, "projection_dim": 64},
+    "byol": {"hidden_dim": 64, "projection_dim": 32, "momentum": 0.9},
+    "simsiam": {"hidden_dim": 64, "projection_dim": 64, "prediction_hidden_dim": 32},
+    "swav": {"hidden_dim": 64, "projection_dim": 32, "num_prototypes": 24, "freeze_prototypes_steps": 10},
+    "vicreg": {"hidden_dim": 64, "projection_dim": 64},
+}
+
+
+class Encoder(nn.Sequential):
+    feature_dim = 16
+
+    def __init__(self):
+        super().__init__(nn.Linear(SIGNAL + NOISE, 64), nn.ReLU(), nn.Linear(64, 16))
+
+
+def samples(count, generator):
+    centres = torch.randn(CLUSTERS, SIGNAL, generator=torch.Generator().manual_seed(9))
+    cluster = torch.arange(count) % CLUSTERS
+    return centres[cluster] + 0.2 * torch.randn(count, SIGNAL, generator=generator), cluster
+
+
+def view(signal, generator):
+    noise = 2 * torch.randn(len(signal), NOISE, generator=generator)
+    return torch.cat([signal + 0.2 * torch.randn(signal.shape, generator=generator), noise], dim=1)
+
+
+def make_views(count, generator, crops=0):
+    signal, _ = samples(count, generator)
+    return Views(tuple(view(signal, generator) for _ in range(2 + crops)))
+
+
+def neighbour_accuracy(encoder):
+    generator = torch.Generator().manual_seed(77)
+    signal, cluster = samples(256, generator)
+    with torch.no_grad():
+        features = nn.functional.normalize(encoder.eval()(view(signal, generator)), dim=1)
+    encoder.train()
+    nearest = (features @ features.T).fill_diagonal_(-1).topk(5).indices
+    return float((cluster[nearest] == cluster[:, None]).float().mean())
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    method_class = get_method(name)
+    return method_class(Encoder(), method_class.config_class(**{**SMALL[name], **options}))
+
+
+def train(method, steps, generator=None, crops=0, batch=128):
+    generator = generator or torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW(method.parameters(), 3e-3)
+    for _ in range(steps):
+        objective = method(make_views(batch, generator, crops))
+        optimizer.zero_grad()
+        objective.loss.backward()
+        optimizer.step()
+        method.after_step()
+    return objective
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_trained_features_find_the_cluster_that_untrained_ones_miss(name):
+    method = build(name)
+    before = neighbour_accuracy(method.encoder)
+    train(method, 150)
+    after = neighbour_accuracy(method.encoder)
+    print(f"{name}: {before:.3f} -> {after:.3f}")
+    assert before < 0.45
+    assert after > before + 0.3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_token_mappings_are_views_as_well(name):
+    class TokenEncoder(nn.Module):
+        feature_dim = 16
+
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(20, 16)
+
+        def forward(self, inputs):
+            weights = inputs["attention_mask"][..., None].float()
+            return (self.embedding(inputs["input_ids"]) * weights).sum(1) / weights.sum(1)
+
+    method_class = get_method(name)
+    method = method_class(TokenEncoder(), method_class.config_class(**SMALL[name]))
+    tokens = [
+        {"input_ids": torch.randint(20, (8, length)), "attention_mask": torch.ones(8, length, dtype=torch.long)}
+        for length in (5, 7)
+    ]
+    method(Views(tuple(tokens))).loss.backward()
+    method.after_step()
+    assert float(method.encoder.embedding.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "swav"])
+def test_methods_of_two_views_name_a_third(name, generator):
+    with pytest.raises(UserError, match="compares exactly 2 views, but the view maker gave 3"):
+        build(name)(make_views(8, generator, crops=1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_order_of_the_views_makes_no_difference(name, generator):
+    method, views = build(name), make_views(16, generator)
+    swapped = Views(views.inputs[::-1])
+    assert float(method(views).loss.detach()) == pytest.approx(float(method(swapped).loss.detach()), rel=1e-5)
+
+
+def cosine_distance(prediction, target):
+    return (nn.functional.normalize(prediction) - nn.functional.normalize(target)).square().sum(1).mean()
+
+
+def test_byol_is_the_distance_to_the_targets_projection_both_ways(generator):
+    method, (first, second) = build("byol"), (views := make_views(16, generator)).inputs
+    train(method, 3)
+    online = [method.predictor(method.projector(method.encoder(view))) for view in (first, second)]
+    target = [method.momentum_encoder(view) for view in (first, second)]
+    expected = cosine_distance(online[0], target[1]) + cosine_distance(online[1], target[0])
+    assert float(method(views).loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_byols_target_follows_slowly_and_is_not_trained(generator):
+    method = build("byol", momentum=0.75)
+    before = [parameter.clone() for parameter in method.momentum_encoder.parameters()]
+    train(method, 1)
+    online = [*method.encoder.parameters(), *method.projector.parameters()]
+    for old, slow, fast in zip(before, method.momentum_encoder.parameters(), online, strict=True):
+        assert slow.grad is None
+        torch.testing.assert_close(slow, 0.75 * old + 0.25 * fast)
+
+
+def test_simsiam_is_half_of_both_directions_and_spares_the_targets(generator):
+    method, views = build("simsiam"), make_views(16, generator)
+    first, second = (method.projector(method.encoder(view)) for view in views.inputs)
+    predictions = method.predictor(first), method.predictor(second)
+    # Half the squared distance of unit vectors, less 1, is the negative cosine.
+    there = [cosine_distance(predictions[0], second.detach()), cosine_distance(predictions[1], first.detach())]
+    expected = sum(there) / 4 - 1
+    loss = method(views).loss
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    weight = method.encoder[0].weight
+    mine, other = torch.autograd.grad(loss, weight)[0], torch.autograd.grad(expected, weight)[0]
+    torch.testing.assert_close(mine, other)
+
+
+def test_weights_of_barlow_twins_and_vicreg_are_their_options(generator):
+    views = make_views(16, generator)
+    for method, loss, weights in (
+        (build("barlow-twins", offdiagonal_weight=0.5), barlow_twins, [0.5]),
+        (build("vicreg", invariance=1.0, variance=2.0, covariance=3.0), vicreg, [1.0, 2.0, 3.0]),
+    ):
+        first, second = (method.projector(method.encoder(view)) for view in views.inputs)
+        assert float(method(views).loss.detach()) == pytest.approx(float(loss(first, second, *weights).detach()))
+
+
+def test_swav_prototypes_stay_at_first_then_move_and_keep_length_one():
+    method = build("swav", freeze_prototypes_steps=3)
+    start = method.prototypes.weight.detach().clone()
+    head = method.projector[0].weight.detach().clone()
+    for step in range(1, 6):
+        train(method, 1)
+        now = method.prototypes.weight.detach()
+        torch.testing.assert_close(now.norm(dim=1), torch.ones(24))
+        assert torch.allclose(now, start, atol=1e-6) is (step <= 3), f"after step {step}"
+    assert not torch.allclose(method.projector[0].weight, head)
+
+
+def test_swav_counts_steps_in_its_state():
+    method = build("swav", freeze_prototypes_steps=3)
+    train(method, 3)
+    resumed = build("swav", freeze_prototypes_steps=3)
+    resumed.load_state_dict(method.state_dict())
+    start = resumed.prototypes.weight.detach().clone()
+    train(resumed, 1)
+    assert not torch.allclose(resumed.prototypes.weight, start, atol=1e-6), "the frozen steps were before"
+
+
+def test_swav_uses_its_queues_after_their_start_only(generator):
+    method = build("swav", queue_size=40, queue_start_steps=2)
+    views = make_views(16, generator)
+    for step in range(4):
+        without = copy.deepcopy(method)
+        without.queues = nn.ModuleList()
+        same = torch.equal(method(views).loss, without(views).loss)
+        method._new_features.clear()
+        assert same is (step < 2), f"at step {step}"
+        train(method, 1, batch=16)
+        assert [len(queue) for queue in method.queues] == [min(40, 16 * (step + 1))] * 2
+
+
+def test_swav_queues_hold_unit_features_of_their_own_view_from_training_only(generator):
+    method = build("swav", queue_size=40)
+    views = make_views(16, generator)
+    method(views)
+    assert all(len(queue) == 0 for queue in method.queues), "forward never writes"
+    second = nn.functional.normalize(method.projector(method.encoder(views.inputs[1])).detach())
+    method.eval()(views)
+    method.train().after_step()
+    assert len(method.queues[1]) == 16, "nor does evaluation leave features behind"
+    held = method.queues[1].features()
+    torch.testing.assert_close(held.norm(dim=1), torch.ones(16))
+    # BatchNorm saw both views at once there and one here, so that features agree roughly.
+    assert float((held * second).sum(1).mean()) > 0.9
+    assert float((held * method.queues[0].features()).sum(1).mean()) < 0.9
+
+
+def test_swav_crops_predict_the_full_views(generator):
+    method = build("swav")
+    views = make_views(16, generator, crops=2)
+    seen = []
+    method.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    method(views)
+    assert seen == [64], "views of one size share a forward pass"
+    before = neighbour_accuracy(build("swav").encoder)
+    train(method, 80, crops=2)
+    assert neighbour_accuracy(method.encoder) > before + 0.3
+
+
+def test_swav_computes_scores_in_full_precision_under_autocast(generator):
+    method, views = build("swav", epsilon=0.01), make_views(16, generator)
+    # The encoder's own rounding is taken out, so that only the scores are left to lose digits.
+    fixed = method.projector(method.encoder(torch.cat(views.inputs))).detach()
+    method._project = lambda inputs: fixed
+    expected = method(views).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(method(views).loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_swav_names_views_and_options_that_do_not_fit(generator):
+    views = make_views(8, generator, crops=1)
+    with pytest.raises(UserError, match="the view maker gave 1"):
+        build("swav")(Views(views.inputs[:1], num_global=1))
+    with pytest.raises(UserError, match="num_global = 3; set it to 2, or --queue-size to 0"):
+        build("swav", queue_size=8)(Views(views.inputs, num_global=3))
+    for options, message in (
+        ({"num_prototypes": 1}, "--num-prototypes = 1"),
+        ({"queue_size": -1}, "--queue-size = -1"),
+        ({"sinkhorn_iterations": 0}, "--sinkhorn-iterations = 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            SwAVConfig(**options)
+
+
+def test_every_family_is_found_by_name():
+    assert set(FAMILIES) <= set(METHODS)
+    assert get_method("swav") is SwAV
