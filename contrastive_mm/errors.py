@@ -14,6 +14,10 @@ class TrainingError(UserError):
     """A run that can't go on, for example because its loss is no longer a number."""
 
 
+class NotFiniteError(UserError):
+    """NaN or infinity where numbers are needed."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> UserError:
     """An error for a misspelt name that offers the nearest right one.
 

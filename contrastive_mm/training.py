@@ -24,7 +24,7 @@ from contrastive_mm.checkpoint import (
     restore_random_state,
     save_encoder,
 )
-from contrastive_mm.errors import TrainingError, UserError
+from contrastive_mm.errors import NotFiniteError, TrainingError, UserError
 from contrastive_mm.methods.base import Method
 from contrastive_mm.metrics import MetricsLog
 from contrastive_mm.progress import progress
@@ -248,7 +248,10 @@ class Trainer:
     def _one_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for group in self.updater.optimizer.param_groups:
             group["lr"] = scheduled_rate(self.config, self.step, self.total_steps)
-        metrics = self.updater.step(batch)
+        try:
+            metrics = self.updater.step(batch)
+        except NotFiniteError as error:
+            raise TrainingError(f"Step {self.step + 1}: {error} {self._kept()}") from error
         self.step += 1
         return metrics
 
@@ -258,12 +261,14 @@ class Trainer:
     def _check_finite(self, metrics: Mapping[str, Tensor]) -> None:
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
-            saved = self.checkpoints.paths()
-            kept = f"The last checkpoint, {saved[-1]}, is intact." if saved else "No checkpoint was written yet."
             raise TrainingError(
-                f"The loss is {loss} at step {self.step}. {kept} Lower --learning-rate, set "
+                f"The loss is {loss} at step {self.step}. {self._kept()} Lower --learning-rate, set "
                 "--gradient-clip 1.0, or use --precision bf16 instead of fp16."
             )
+
+    def _kept(self) -> str:
+        saved = self.checkpoints.paths()
+        return f"The last checkpoint, {saved[-1]}, is intact." if saved else "No checkpoint was written yet."
 
     def _write_metrics(self, metrics: Mapping[str, Tensor], rate: float) -> dict[str, float]:
         self._check_finite(metrics)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contrastive_mm.errors import UserError
+from contrastive_mm.positives import Positives
 
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 """One view of a batch: a tensor, or tensors by name (token ids and attention mask, say), rows first."""
@@ -35,6 +36,8 @@ class Views:
         num_global: how many views are full ones.
         sample_ids: (B,) number of each sample in its data set, for banks that keep one slot a sample.
         labels: (B,) class of each sample, for supervised positives; None where there is none.
+        positives: which rows of the other view belong with a row, where that is not simply the same row: mixed
+            samples, groups, soft weights, neighbours in time.
 
     Raises:
         UserError: no view at all, views of different numbers of rows, or ``num_global`` out of range.
@@ -44,6 +47,7 @@ class Views:
     num_global: int = 2
     sample_ids: Tensor | None = None
     labels: Tensor | None = None
+    positives: Positives | None = None
 
     def __post_init__(self) -> None:
         if not self.inputs:

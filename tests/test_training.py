@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -114,10 +115,19 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(tmp_pat
         return Views(tuple(v * math.nan for v in views.inputs)) if trainer.step == 6 else views
 
     trainer.updater.make_views = break_later
-    with pytest.raises(TrainingError, match=r"loss is nan at step 7.*step-000000005\.pt, is intact"):
+    with pytest.raises(TrainingError, match=r"Step 7: `first` holds NaN.*step-000000005\.pt, is intact"):
         trainer.train()
     assert trainer.checkpoints.load_newest()["step"] == 5
     assert losses(tmp_path)[-1][0] == 6
+
+
+def test_a_loss_that_overflows_stops_too(tmp_path):
+    trainer = make_trainer(tmp_path)
+    forward = trainer.method.forward
+    trainer.method.forward = lambda views: dataclasses.replace(forward(views), loss=torch.tensor(math.inf))
+    trainer.updater.accelerator.backward = lambda loss: None
+    with pytest.raises(TrainingError, match=r"loss is inf at step 1\. No checkpoint was written yet"):
+        trainer.train()
 
 
 def test_schedule_warms_up_and_falls_like_a_cosine():

@@ -48,7 +48,7 @@ class CURL(Method):
         anchor, positive = views.require_pair("CURL")
         query = self.projector(self.encoder(anchor))
         key = self.momentum_encoder(positive)
-        loss = info_nce(self.bilinear(query), key, temperature=1.0, similarity="dot")
+        loss = info_nce(query, key, temperature=1.0, similarity=self.bilinear, positives=views.positives, gather=True)
         return Objective(loss, {"positive_similarity": positive_similarity(query, key)})
 
     def after_step(self) -> None:

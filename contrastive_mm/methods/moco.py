@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,18 +64,24 @@ class MoCo(Method):
     def forward(self, views: Views) -> Objective:
         """InfoNCE of each query with its key against the queue."""
         first, second = views.require_pair("MoCo")
-        query: Any = self.projector(self.encoder(first))
-        key = self.momentum_encoder(second)
+        # Normalised here, and compared by their dot product: the queue's keys, which are normalised too, would
+        # otherwise be normalised again at every step.
+        query = F.normalize(self.projector(self.encoder(first)).float(), dim=1)
+        key = F.normalize(self.momentum_encoder(second).float(), dim=1)
         queued = len(self.queue)
         loss = info_nce(
             query,
             key,
             negatives=self.queue.features() if queued else None,
             temperature=self.temperature,
-            in_batch_negatives=not queued,
+            similarity="dot",
+            # Mixed samples have their positives among the batch's keys, which are then candidates too (i-Mix).
+            in_batch_negatives=not queued or views.positives is not None,
+            positives=views.positives,
+            gather=True,
         )
         if self.training:
-            self._new_keys.append(F.normalize(key.float(), dim=1))
+            self._new_keys.append(key)
         return Objective(loss, {"positive_similarity": positive_similarity(query, key)})
 
     def after_step(self) -> None:

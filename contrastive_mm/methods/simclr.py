@@ -46,7 +46,7 @@ class SimCLR(Method):
     def forward(self, views: Views) -> Objective:
         """NT-Xent between the two views."""
         first, second = encode_views(self._project, views.require_pair("SimCLR"))
-        loss = nt_xent(first, second, self.temperature)
+        loss = nt_xent(first, second, self.temperature, positives=views.positives, gather=True)
         return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
 
     def _project(self, inputs: object) -> object:

@@ -43,7 +43,7 @@ class SimCSE(Method):
     def forward(self, views: Views) -> Objective:
         """InfoNCE from the first view to the second."""
         first, second = encode_views(self._project, views.require_pair("SimCSE"))
-        loss = info_nce(first, second, temperature=self.temperature)
+        loss = info_nce(first, second, temperature=self.temperature, positives=views.positives, gather=True)
         return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
 
     def _project(self, inputs: object) -> object:

@@ -1,0 +1,206 @@
+"""NT-Xent and what decouples or reweights its negatives (SimCLR and its successors)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from contrastive_mm.distributed import Gathered, gather_with_gradient, world_size
+from contrastive_mm.errors import UserError
+from contrastive_mm.losses.checks import check_pair
+from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp
+from contrastive_mm.losses.similarity import (
+    Similarity,
+    Temperature,
+    check_temperature,
+    full_precision,
+    prepare_key,
+    scale_of,
+)
+from contrastive_mm.positives import Positives
+
+SymmetricSimilarity = Literal["cosine", "dot"]
+
+
+def nt_xent(
+    first: Float[Tensor, "batch dim"],
+    second: Float[Tensor, "batch dim"],
+    temperature: Temperature = 0.1,
+    similarity: SymmetricSimilarity = "cosine",
+    positives: Positives | None = None,
+    gather: bool = False,
+) -> Float[Tensor, ""]:
+    r"""Normalised temperature-scaled cross-entropy of SimCLR (Chen et al. 2020, section 2.1, equation 1).
+
+    With the 2N views :math:`z` and :math:`s_{ij} = \cos(z_i, z_j) / T`, the loss is the mean over all 2N rows of
+    :math:`-\log \exp(s_{ip}) / \sum_{j \ne i} \exp(s_{ij})`, where :math:`p` is the other view of the same sample.
+    Exact, in O(N D) memory.
+
+    Args:
+        first: (N, D) features of the first view.
+        second: (N, D) features of the second view; row i belongs with row i of ``first``.
+        temperature: T, above 0; a tensor receives its gradient.
+        similarity: ``"cosine"``, or ``"dot"`` (features used as they are).
+        positives: which rows of the other view belong with a row, and how much; by default row i with row i. Every
+            view but the row itself stays among the candidates.
+        gather: in several processes, compare with the views of all; each process returns the loss of its own rows,
+            and the average of the processes' gradients is the gradient of the whole batch's loss.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 features).
+
+    Raises:
+        UserError: shapes differ, N < 2 (a lone sample has no negative), features are not finite floats, or the
+            temperature is not above 0.
+    """
+    with full_precision(first):
+        views = _Views(first, second, temperature, similarity, gather)
+        candidates = views.logsumexp(spare_positives=False)
+        return views.mean(candidates - views.positive_similarity(positives))
+
+
+def dcl(
+    first: Float[Tensor, "batch dim"],
+    second: Float[Tensor, "batch dim"],
+    temperature: Temperature = 0.1,
+    similarity: SymmetricSimilarity = "cosine",
+    weight_concentration: float | None = None,
+    gather: bool = False,
+) -> Float[Tensor, ""]:
+    r"""Decoupled contrastive loss (Yeh et al. 2022, arXiv 2110.06848, section 3).
+
+    NT-Xent without the positive in the denominator, so that its gradient no longer fades where the positive is easy.
+    The paper sums over rows; here, as in the released code, their mean is taken.
+
+    Args:
+        first: (N, D) features of the first view.
+        second: (N, D) features of the second view.
+        temperature: T, above 0.
+        similarity: ``"cosine"`` or ``"dot"``.
+        weight_concentration: sigma of DCLW: positives weigh :math:`2 - e^{c_i / \sigma} / \mathrm{mean}_j e^{c_j /
+            \sigma}` with the cosine c of sample i (0.5 in the paper); None weighs all alike. Weights
+            carry no gradient, and in several processes the mean is over a process's own samples.
+        gather: as in ``nt_xent``.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        UserError: as ``nt_xent``, or a concentration not above 0.
+    """
+    if weight_concentration is not None and not weight_concentration > 0:
+        raise UserError(f"weight_concentration = {weight_concentration}; it must be above 0.")
+    with full_precision(first):
+        views = _Views(first, second, temperature, similarity, gather)
+        positive = views.positive_similarity(None)
+        if weight_concentration is not None:
+            cosine = torch.cosine_similarity(first.detach().double(), second.detach().double(), dim=1)
+            share = torch.softmax(cosine / weight_concentration, dim=0) * len(cosine)
+            positive = (2 - share).to(positive).repeat(2) * positive
+        return views.mean(views.logsumexp(spare_positives=True) - positive)
+
+
+def hard_negative_nt_xent(
+    first: Float[Tensor, "batch dim"],
+    second: Float[Tensor, "batch dim"],
+    temperature: float = 0.5,
+    concentration: float = 1.0,
+    positive_prior: float = 0.1,
+) -> Float[Tensor, ""]:
+    r"""NT-Xent with debiased negatives, hard ones weighted up (Robinson et al. 2021, arXiv 2010.04592, section 4).
+
+    The sum over the M = 2N - 2 negatives becomes :math:`N_g = (M \cdot E - \tau M e^{s_p}) / (1 - \tau)`, at least
+    :math:`M e^{-1/T}`, with :math:`E = \sum_k e^{(1 + \beta) s_k} / \sum_k e^{\beta s_k}`. With
+    ``concentration`` 0 it is the debiased loss of Chuang et al. 2020 (arXiv 2007.00224). As in the released code, the
+    weights :math:`e^{\beta s}` carry gradient too. In one process.
+
+    Args:
+        first: (N, D) features of the first view.
+        second: (N, D) features of the second view.
+        temperature: T, above 0.
+        concentration: beta, at least 0; larger weighs hard negatives more.
+        positive_prior: tau, the probability that a random sample is of the anchor's class, in [0, 1).
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        UserError: as ``nt_xent``, or concentration or prior out of range.
+    """
+    if not concentration >= 0:
+        raise UserError(f"concentration = {concentration}; it must be at least 0.")
+    if not 0 <= positive_prior < 1:
+        raise UserError(f"positive_prior = {positive_prior}; a probability below 1 is needed.")
+    with full_precision(first):
+        views = _Views(first, second, temperature, "cosine", gather=False)
+        negatives = 2 * len(first) - 2
+        weighted = self_logsumexp(views.own * (1 + concentration) ** 0.5, len(first))
+        if concentration > 0:
+            weighted = weighted - self_logsumexp(views.own * concentration**0.5, len(first))
+        else:
+            weighted = weighted - torch.tensor(float(negatives)).log().to(weighted)
+        positive = views.positive_similarity(None)
+        # All terms relative to exp(1 / T), the largest that a cosine gives, so that no temperature overflows.
+        top = 1.0 / float(temperature)
+        mean = (weighted - top).exp() - positive_prior * (positive - top).exp()
+        floor = torch.exp(torch.tensor(-2 * top)).to(mean)
+        total = negatives * (mean / (1 - positive_prior)).clamp_min(floor)
+        return views.mean(torch.log((positive - top).exp() + total) + top - positive)
+
+
+class _Views:
+    """Both views below each other, prepared so that dot products are similarities over T."""
+
+    def __init__(
+        self, first: Tensor, second: Tensor, temperature: Temperature, similarity: Similarity, gather: bool
+    ) -> None:
+        check_pair(first, second, "first", "second")
+        check_temperature(temperature)
+        if callable(similarity):
+            raise UserError("NT-Xent compares all views alike, which a map of the queries doesn't; use info_nce.")
+        scale = scale_of(temperature, prepare_key(first[:1], "dot"))
+        root = scale.sqrt() if isinstance(scale, Tensor) else scale**0.5
+        self.count = len(first)
+        self.own = prepare_key(torch.cat([first, second]), similarity) * root
+        self.gathered: tuple[Gathered, Gathered] | None = None
+        if gather and world_size() > 1:
+            self.gathered = (
+                gather_with_gradient(self.own[: self.count]),
+                gather_with_gradient(self.own[self.count :]),
+            )
+        elif self.count < 2:
+            raise UserError("NT-Xent needs at least 2 samples: `first` has 1, which leaves it without negatives.")
+
+    def logsumexp(self, spare_positives: bool) -> Tensor:
+        """(2n,) over all views but the row itself, or but all views of its sample."""
+        if self.gathered is None:
+            return self_logsumexp(self.own, self.count if spare_positives else None)
+        first, second = self.gathered
+        columns, total = torch.cat([first.rows, second.rows]), len(first.rows)
+        period = total if spare_positives else 2 * total
+        return torch.cat(
+            [
+                cross_logsumexp(self.own[: self.count], columns, period=period, shift=first.offset),
+                cross_logsumexp(self.own[self.count :], columns, period=period, shift=total + first.offset),
+            ]
+        )
+
+    def positive_similarity(self, positives: Positives | None) -> Tensor:
+        """(2n,) mean similarity over T of each row with its positives in the other view."""
+        first, second = self.own.chunk(2)
+        if positives is None:
+            return (first * second).sum(1).repeat(2)
+        positives.check(self.count)
+        if self.gathered is not None:
+            raise UserError("Positives among the samples of several processes are not supported; use supcon or ids.")
+        forth = (first * positives.weighted_sum(second)).sum(1) / positives.totals(second)
+        back = (second * positives.weighted_sum(first, transposed=True)).sum(1) / positives.totals(first, True)
+        return torch.cat([forth, back])
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Mean over own rows; with unequal numbers in several processes every row weighs the same."""
+        rows = self.count if self.gathered is None else self.gathered[0].mean_rows
+        return losses.sum() / (2 * rows)

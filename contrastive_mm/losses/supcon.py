@@ -1,0 +1,119 @@
+"""Supervised contrastive loss: every other view of the same class is a positive."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from contrastive_mm.distributed import gather_numbers, gather_with_gradient, world_size
+from contrastive_mm.errors import UserError
+from contrastive_mm.losses.checks import check_features, check_ids, check_pair
+from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp
+from contrastive_mm.losses.nt_xent import SymmetricSimilarity
+from contrastive_mm.losses.similarity import Temperature, check_temperature, full_precision, prepare_key, scale_of
+from contrastive_mm.positives import Positives
+
+
+def supcon(
+    first: Float[Tensor, "batch dim"],
+    second: Float[Tensor, "batch dim"] | None,
+    labels: Int[Tensor, " batch"] | Float[Tensor, "batch batch"] | Bool[Tensor, "batch batch"] | Positives,
+    temperature: Temperature = 0.1,
+    similarity: SymmetricSimilarity = "cosine",
+    gather: bool = False,
+) -> Float[Tensor, ""]:
+    r"""Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362, equation 2, L_out).
+
+    The mean over all views i of :math:`-1/|P(i)| \sum_{p \in P(i)} \log \exp(s_{ip}) / \sum_{a \ne i} \exp(s_{ia})`,
+    where P(i) are the other views of i's sample and all views of samples that belong with it. Views without any
+    positive are left out of the mean. Exact, in O(N D) memory: positives are summed as features.
+
+    The paper's equation has no factor; its released code multiplies the loss by ``temperature / base_temperature``
+    (0.07 / 0.07 = 1 by default), which is left out here.
+
+    Args:
+        first: (N, D) features of the first view.
+        second: (N, D) features of the second view; None where there is one view a sample.
+        labels: (N,) classes; or an (N, N) matrix, boolean or of weights of at least 0, of which samples belong
+            together (its diagonal weighs the other view of the same sample); or ``Positives``.
+        temperature: T, above 0; a tensor receives its gradient.
+        similarity: ``"cosine"`` or ``"dot"``.
+        gather: in several processes, compare with the views of all, by class labels only.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 features).
+
+    Raises:
+        UserError: shapes don't fit, features are not finite floats, the temperature is not above 0, or no view has
+            a positive.
+    """
+    if second is None:
+        check_features(first, "first")
+    else:
+        check_pair(first, second, "first", "second")
+    check_temperature(temperature)
+    positives = _as_positives(labels, first.shape[0])
+    with full_precision(first):
+        scale = scale_of(temperature, prepare_key(first[:1], "dot"))
+        root = scale.sqrt() if isinstance(scale, Tensor) else scale**0.5
+        views = [prepare_key(view, similarity) * root for view in (first, second) if view is not None]
+        if gather and world_size() > 1:
+            sums, totals, candidates = _of_all_processes(views, positives)
+        else:
+            sums, totals, candidates = _of_one_process(views, positives)
+        similarity_sum = (torch.cat(views) * sums).sum(1)
+        known = totals > 0
+        if first.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(known.any()):
+            raise UserError(
+                "No view has a positive: each of `labels` occurs once and there is one view a sample. Draw batches "
+                "with several samples a class, or give a second view."
+            )
+        losses = torch.where(known, candidates - similarity_sum / totals.clamp_min(1e-12), 0.0)
+        counted = known.sum().to(losses.dtype)
+        if gather and world_size() > 1:
+            # Views with a positive may be spread unevenly: the mean number a process keeps every view's weight alike.
+            counted = gather_numbers(counted[None]).sum() / world_size()
+        return losses.sum() / counted.clamp_min(1)
+
+
+def _as_positives(labels: Tensor | Positives, rows: int) -> Positives:
+    if isinstance(labels, Positives):
+        positives = labels
+    elif labels.ndim == 1:
+        check_ids(labels, "labels", rows, "first")
+        positives = Positives.of_groups(labels)
+    else:
+        positives = Positives.weighted(labels)
+    positives.check(rows)
+    return positives
+
+
+def _of_one_process(views: list[Tensor], positives: Positives) -> tuple[Tensor, Tensor, Tensor]:
+    """For each view: the weighted sum of its positives, the sum of the weights, and the log-sum-exp of all others."""
+    everything = torch.cat(views)
+    # A view is no positive of itself: its own weight is taken off, its other views' stays.
+    summed = sum(views[1:], views[0])
+    own = positives.own(views[0])
+    shared = positives.weighted_sum(summed)
+    sums = torch.cat([shared - own[:, None] * view for view in views])
+    totals = (positives.totals(summed) * len(views) - own).repeat(len(views))
+    return sums, totals, self_logsumexp(everything)
+
+
+def _of_all_processes(views: list[Tensor], positives: Positives) -> tuple[Tensor, Tensor, Tensor]:
+    if positives.ids is None or positives.times is not None:
+        raise UserError("In several processes supcon takes class labels only: a matrix is of one process's samples.")
+    gathered = [gather_with_gradient(view) for view in views]
+    ids, total, offset = gather_numbers(positives.ids), len(gathered[0].rows), gathered[0].offset
+    summed = sum((part.rows for part in gathered[1:]), gathered[0].rows)
+    rows = slice(offset, offset + len(views[0]))
+    grouped = Positives.of_groups(ids)
+    shared, counts = grouped.weighted_sum(summed)[rows], grouped.totals(summed)[rows]
+    columns = torch.cat([part.rows for part in gathered])
+    candidates = [
+        cross_logsumexp(view, columns, period=len(columns), shift=number * total + offset)
+        for number, view in enumerate(views)
+    ]
+    sums = torch.cat([shared - view for view in views])
+    return sums, (counts * len(views) - 1).repeat(len(views)), torch.cat(candidates)
