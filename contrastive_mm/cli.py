@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from contrastive_mm.domain import DOMAINS
+from contrastive_mm.domain import DOMAIN_REGISTRY
 from contrastive_mm.errors import UserError, unknown_name
 
 USAGE = """usage: contrastive-mm COMMAND ...
@@ -24,6 +24,15 @@ Contrastive representation learning for vision, text and reinforcement learning.
   contrastive-mm embed RUN DATA --out FILE     write a data set's features to a Parquet file
 
 `contrastive-mm COMMAND --help` lists a command's options."""
+
+
+def _usage() -> str:
+    """How to call the command line; domains of other packages are named, not imported."""
+    lines = [
+        f"  {f'contrastive-mm {name} --data DATA [...]':<44} pretrain an encoder; from package {package}"
+        for name, package in DOMAIN_REGISTRY.packages().items()
+    ]
+    return USAGE if not lines else "\n".join([USAGE, "", "From other packages:", "", *lines])
 
 
 def demo(output: Path = Path("runs/demo"), seeds: int = 3) -> None:
@@ -85,17 +94,18 @@ def _train(domain: str, arguments: list[str]) -> None:
 
 def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
+        print(_usage())
         return
     name, rest = arguments[0], arguments[1:]
-    if name in DOMAINS and rest and rest[0] in ("evaluate", "embed"):
+    domains = DOMAIN_REGISTRY.names()
+    if name in domains and rest and rest[0] in ("evaluate", "embed"):
         name, rest = rest[0], rest[1:]
     if name in COMMANDS:
         tyro.cli(COMMANDS[name], prog=f"contrastive-mm {name}", args=rest)
-    elif name in DOMAINS:
+    elif name in domains:
         _train(name, rest)
     else:
-        raise unknown_name("command", name, [*COMMANDS, *DOMAINS])
+        raise unknown_name("command", name, [*COMMANDS, *domains])
 
 
 def main(arguments: list[str] | None = None) -> int:

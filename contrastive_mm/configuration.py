@@ -13,15 +13,15 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 import yaml
 
 from contrastive_mm.checkpoint import write_atomically
-from contrastive_mm.domain import load_domain
+from contrastive_mm.domain import load_domain, recipe_folder
 from contrastive_mm.errors import UserError, unknown_name
-from contrastive_mm.methods import get_method
+from contrastive_mm.methods import METHOD_REGISTRY, get_method
 from contrastive_mm.training import TrainerConfig
 
 DomainOptions = TypeVar("DomainOptions")
@@ -62,12 +62,17 @@ class RunConfig(Generic[DomainOptions, MethodOptions]):
         write_atomically(path, lambda temporary: _write(temporary, text))
 
 
+def _known_methods(default: str) -> str:
+    """What stands behind --method in --help; other packages' methods are imported when it is asked for."""
+    return f"({', '.join(METHOD_REGISTRY.usable_names())}; by default the recipe's, or the domain's own)"
+
+
 @dataclass(frozen=True)
 class RunFlags:
     """What to run and where."""
 
-    method: str
-    """Contrastive method: curl, moco, simclr or simcse."""
+    method: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_known_methods)] = None
+    """Contrastive method."""
     config: str | None = None
     """Recipe: a YAML file, or the name of one that comes with the domain. Flags override it."""
     output: Path | None = None
@@ -104,8 +109,7 @@ def _keys(options_class: type[Any]) -> set[str]:
 
 def recipes(domain: str) -> dict[str, Path]:
     """The recipes that come with a domain, by name."""
-    folder = Path(__file__).parent / domain / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(recipe_folder(domain).glob("*.yaml"))}
 
 
 def read_recipe(name: str, domain: str) -> tuple[dict[str, Any], str]:
@@ -148,6 +152,22 @@ def _check_keys(recipe: Mapping[str, Any], source: str, domain: str, domain_clas
     return of_method - shared
 
 
+def _check_names(domain: str, method: str) -> None:
+    """All options of a run share one command line: refuse two of one name, as another package may bring them."""
+    owners = {"domain": "every recipe"}
+    parts = (
+        ("the run", RunFlags),
+        ("training", TrainerConfig),
+        (f"the domain {domain!r}", load_domain(domain).config_class),
+        (f"the method {method!r}", get_method(method).config_class),
+    )
+    for owner, options_class in parts:
+        for key in sorted(_keys(options_class)):
+            if key in owners:
+                raise UserError(f"Option {key!r} of {owner} has the name of one of {owners[key]}: rename it.")
+            owners[key] = owner
+
+
 def _as_arguments(recipe: Mapping[str, Any]) -> list[str]:
     arguments = []
     for key, value in recipe.items():
@@ -178,25 +198,27 @@ def parse_run(domain: str, arguments: list[str]) -> tuple[RunConfig[Any, Any], R
         arguments: what stands behind it on the command line.
 
     Raises:
-        UserError: an unknown method, recipe or key, or a value that doesn't fit.
+        UserError: an unknown domain, method, recipe or key, a value that doesn't fit, or a domain and a method
+            with options of one name.
         SystemExit: tyro's answer to an unknown flag, and to --help.
     """
     domain_class = load_domain(domain)
     recipe, source = _find_recipe(domain, arguments)
     method_keys = _check_keys(recipe, source, domain, domain_class)
     method = _peek(arguments, "--method") or recipe.get("method") or domain_class.default_method
+    _check_names(domain, method)
     if recipe.get("method") not in (None, method):
         recipe = {key: value for key, value in recipe.items() if key not in method_keys}
     given = {key: value for key, value in recipe.items() if key not in IDENTITY_KEYS}
     flags_class: Any = _Flags[domain_class.config_class, get_method(method).config_class]  # type: ignore[name-defined,misc]
     known = _as_arguments(given)
     if known:
-        _check_values(flags_class, [f"--method={method}", *known], source)
+        _check_values(flags_class, known, source)
     flags = tyro.cli(
         flags_class,
         prog=f"contrastive-mm {domain}",
-        description=f"{domain_class.__doc__}\n\nRecipes: {', '.join(recipes(domain))}.",
-        args=[f"--method={method}", *known, *arguments],
+        description=f"{domain_class.__doc__}\n\nRecipes: {', '.join(recipes(domain)) or 'none'}.",
+        args=[*known, *arguments],
         config=(tyro.conf.OmitArgPrefixes,),
     )
     config: RunConfig[Any, Any] = RunConfig(domain, method, flags.domain, flags.method_options, flags.trainer)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from contrastive_mm.errors import unknown_name
+from contrastive_mm.plugins import Registry, options_fault
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +21,12 @@ DOMAINS = {
     "rl": "contrastive_mm.rl.domain:ObservationDomain",
     "vision": "contrastive_mm.vision.domain:ImageDomain",
 }
+"""The project's own domains. A new one is a folder, and a line here."""
+
+COMMAND_NAMES = ("demo", "embed", "evaluate")
+"""What stands in a domain's place on the command line; no domain can take these names."""
+
+CLASS_MEMBERS = ("default_method", "build_encoder", "train_batches", "evaluate", "embed", "save")
 
 
 @dataclass(frozen=True)
@@ -77,14 +83,38 @@ class Domain(Protocol):
         ...
 
 
+def _find_fault(found: Any) -> str | None:
+    """What keeps another package's object from being a domain, or None."""
+    for member in CLASS_MEMBERS:
+        if not hasattr(found, member):
+            return f"it has no {member!r}, which contrastive_mm.domain.Domain asks for"
+    # `evaluate --data` and `embed` put another data set in the place of the one that a run was trained on.
+    return options_fault(getattr(found, "config_class", None), required=("data",))
+
+
+DOMAIN_REGISTRY = Registry("domain", "contrastive_mm.domains", DOMAINS, _find_fault, COMMAND_NAMES)
+
+
 def load_domain(name: str) -> type[Any]:
     """Import the domain of a name, a class that fits ``Domain``; nothing of another domain is imported.
 
+    Args:
+        name: one of ``DOMAINS``, or one that an installed package offers in the entry-point group
+            ``contrastive_mm.domains``.
+
     Raises:
-        UserError: there is none; the message offers the nearest name.
+        UserError: there is none (the message offers the nearest name), or the package that offers it is broken.
     """
-    if name not in DOMAINS:
-        raise unknown_name("domain", name, DOMAINS)
-    module, _, attribute = DOMAINS[name].partition(":")
-    domain: type[Any] = getattr(importlib.import_module(module), attribute)
+    domain: type[Any] = DOMAIN_REGISTRY.load(name)
     return domain
+
+
+def recipe_folder(name: str) -> Path:
+    """Where a domain's recipes lie: ``configs`` beside the module of its class.
+
+    Raises:
+        UserError: as ``load_domain``.
+    """
+    if name in DOMAINS:  # known without an import
+        return Path(__file__).parent / name / "configs"
+    return Path(inspect.getfile(load_domain(name))).parent / "configs"

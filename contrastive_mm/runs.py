@@ -86,15 +86,15 @@ def pretrain(
     """
     _claim_folder(output, resume, overwrite)
     seed = config.trainer.seed
-    saved = output if resume and (output / "tokenizer").exists() else None
+    saved = output if resume and (output / CONFIG_FILE).exists() else None
     domain = load_domain(config.domain)(config.domain_options, seed, saved)
     encoder = untrained_encoder(domain, seed)
     method = get_method(config.method)(encoder, config.method_options)
     trainer = Trainer(method, domain.make_views, domain.train_batches(), config.trainer, output)
     if resume:
         trainer.restore()  # before the configuration is written: a refused resume must leave the run as it was
+    domain.save(output)  # before the configuration too: where that is, the domain finds what it saved
     dataclasses.replace(config, domain_options=domain.config).save(output / CONFIG_FILE)
-    domain.save(output)
     return trainer.train()
 
 

@@ -31,7 +31,9 @@ class NoisyViews:
 
     def __call__(self, batch):
         x, generator = batch["x"], self.stream.on(batch["x"].device)
-        return Views(tuple(x + 0.1 * torch.randn(x.shape, generator=generator) for _ in range(2)))
+        views = tuple(x + 0.1 * torch.randn(x.shape, generator=generator) for _ in range(2))
+        index = batch.get("index", torch.arange(len(x)))
+        return Views(views, sample_ids=index, labels=index % 4)
 
     def state_dict(self):
         return self.stream.state_dict()
@@ -45,7 +47,7 @@ def make_trainer(folder, name="simclr", **options):
     encoder = torch.nn.Sequential(LinearEncoder(), torch.nn.Dropout(0.2))
     encoder.feature_dim = 8
     method = get_method(name)(encoder)
-    batches = ShuffledBatches(len(DATA), 8, lambda rows: {"x": DATA[rows]})
+    batches = ShuffledBatches(len(DATA), 8, lambda rows: {"x": DATA[rows], "index": rows})
     config = TrainerConfig(**{"steps": 12, "log_every": 1, "checkpoint_every": 5, **options})
     return Trainer(method, NoisyViews(), batches, config, folder)
 

@@ -19,7 +19,7 @@ class BYOLConfig:
     """BYOL (Grill et al. 2020)."""
 
     momentum: float = 0.99
-    """Share of the target network kept at each step (0.996 at the start of the paper's 1,000 epochs on ImageNet)."""
+    """Share of the target network kept at the first step, rising to 1 over the run (0.996 in the paper)."""
     projection_layers: int = 2
     """Linear layers of the projection head: 2 is the paper's; 0 predicts the encoder's features themselves."""
     hidden_dim: int = 512
@@ -58,6 +58,10 @@ class BYOL(Method):
 
     def _online(self) -> nn.Sequential:
         return nn.Sequential(self.encoder, self.projector)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """The momentum rises to 1 over the run (section 3.3)."""
+        self.momentum_encoder.total_steps = total_steps
 
     def forward(self, views: Views) -> Objective:
         """Predict the target's projection of each view from the other view."""

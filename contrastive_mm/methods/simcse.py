@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from contrastive_mm.distributed import gather_with_gradient
+from contrastive_mm.errors import UserError
 from contrastive_mm.losses import info_nce
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
 from contrastive_mm.views import Views, encode_views
@@ -23,11 +25,13 @@ class SimCSEConfig:
 
 
 class SimCSE(Method):
-    """Unsupervised SimCSE (Gao et al. 2021, arXiv 2104.08821, equation 4).
+    """SimCSE (Gao et al. 2021, arXiv 2104.08821), without labels (equation 4) and with them (equation 5).
 
     InfoNCE with cosine similarity over the batch, one direction, behind a linear layer with tanh that is used
-    in training only (section 6.3). With dropout views (``contrastive_mm.nlp``) it is the paper's method; with
-    other views it is InfoNCE over them.
+    in training only (section 6.3). With two dropout views (``contrastive_mm.nlp``) it is the unsupervised method;
+    with an anchor and its positive, and as third view a hard negative, the supervised one: every hard negative of
+    the batch is a candidate for every anchor. The paper keeps the layer in its supervised models; here it is a part
+    of training in both.
     """
 
     config_class = SimCSEConfig
@@ -41,9 +45,24 @@ class SimCSE(Method):
             self.projector = nn.Sequential(nn.Linear(self.feature_dim, self.feature_dim), nn.Tanh())
 
     def forward(self, views: Views) -> Objective:
-        """InfoNCE from the first view to the second."""
-        first, second = encode_views(self._project, views.require_pair("SimCSE"))
-        loss = info_nce(first, second, temperature=self.temperature, positives=views.positives, gather=True)
+        """InfoNCE from the first view to the second, against the third too where there is one.
+
+        Raises:
+            UserError: one view, or more than three.
+        """
+        if len(views.inputs) not in (2, 3):
+            raise UserError(
+                f"SimCSE compares 2 views, or 2 and a hard negative, but the view maker gave {len(views.inputs)}."
+            )
+        first, second, *hard = encode_views(self._project, views.inputs)
+        loss = info_nce(
+            first,
+            second,
+            negatives=gather_with_gradient(hard[0]).rows if hard else None,
+            temperature=self.temperature,
+            positives=views.positives,
+            gather=True,
+        )
         return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
 
     def _project(self, inputs: object) -> object:

@@ -1,23 +1,36 @@
 """Methods on a small problem whose answer is known: samples of a cluster share six numbers, ten more are noise."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
 from contrastive_mm.errors import UserError
+from contrastive_mm.losses import info_nce, nt_xent
 from contrastive_mm.losses.barlow import barlow_twins
 from contrastive_mm.losses.vicreg import vicreg
-from contrastive_mm.methods import METHODS, SwAV, SwAVConfig, get_method
+from contrastive_mm.methods import METHODS, SwAVConfig, get_method, nnclr
+from contrastive_mm.positives import Positives
 from contrastive_mm.views import Views
 
 CLUSTERS, SIGNAL, NOISE = 8, 6, 10
-FAMILIES = ["barlow-twins", "byol", "simsiam", "swav", "vicreg"]
+HEAD = {"hidden_dim": 64, "projection_dim": 32}
 SMALL = {
     "barlow-twins": {"hidden_dim": 64, "projection_dim": 64},
-    "byol": {"hidden_dim": 64, "projection_dim": 32, "momentum": 0.9},
+    "byol": {**HEAD, "momentum": 0.9},
+    "curl": {"latent_dim": 32},
+    "dcl": {**HEAD, "weight_concentration": 0.5},
+    "moco": {**HEAD, "queue_size": 512, "momentum": 0.9},
+    "moco-v3": {**HEAD, "momentum": 0.9},
+    "nnclr": {**HEAD, "queue_size": 512},
+    "npid": {"projection_dim": 32, "bank_size": 256, "negatives": 64, "temperature": 0.2},
+    "simclr": HEAD,
+    "simclr-v2": {**HEAD, "queue_size": 256, "momentum": 0.9},
+    "simcse": {"temperature": 0.1},
     "simsiam": {"hidden_dim": 64, "projection_dim": 64, "prediction_hidden_dim": 32},
+    "supcon": HEAD,
     "swav": {"hidden_dim": 64, "projection_dim": 32, "num_prototypes": 24, "freeze_prototypes_steps": 10},
     "vicreg": {"hidden_dim": 64, "projection_dim": 64},
 }
@@ -42,8 +55,9 @@ def view(signal, generator):
 
 
 def make_views(count, generator, crops=0):
-    signal, _ = samples(count, generator)
-    return Views(tuple(view(signal, generator) for _ in range(2 + crops)))
+    signal, cluster = samples(count, generator)
+    views = tuple(view(signal, generator) for _ in range(2 + crops))
+    return Views(views, sample_ids=torch.arange(count), labels=cluster)
 
 
 def neighbour_accuracy(encoder):
@@ -74,7 +88,7 @@ def train(method, steps, generator=None, crops=0, batch=128):
     return objective
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
 def test_trained_features_find_the_cluster_that_untrained_ones_miss(name):
     method = build(name)
     before = neighbour_accuracy(method.encoder)
@@ -85,7 +99,7 @@ def test_trained_features_find_the_cluster_that_untrained_ones_miss(name):
     assert after > before + 0.3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
 def test_token_mappings_are_views_as_well(name):
     class TokenEncoder(nn.Module):
         feature_dim = 16
@@ -104,18 +118,22 @@ def test_token_mappings_are_views_as_well(name):
         {"input_ids": torch.randint(20, (8, length)), "attention_mask": torch.ones(8, length, dtype=torch.long)}
         for length in (5, 7)
     ]
-    method(Views(tuple(tokens))).loss.backward()
+    ids = torch.arange(8)
+    method(Views(tuple(tokens), sample_ids=ids, labels=ids % 4)).loss.backward()
     method.after_step()
     assert float(method.encoder.embedding.weight.grad.abs().sum()) > 0
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "swav"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("npid", "simcse", "swav")])
 def test_methods_of_two_views_name_a_third(name, generator):
     with pytest.raises(UserError, match="compares exactly 2 views, but the view maker gave 3"):
         build(name)(make_views(8, generator, crops=1))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SYMMETRIC = ["barlow-twins", "byol", "dcl", "moco-v3", "nnclr", "simclr", "simclr-v2", "simsiam", "swav", "vicreg"]
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_the_order_of_the_views_makes_no_difference(name, generator):
     method, views = build(name), make_views(16, generator)
     swapped = Views(views.inputs[::-1])
@@ -257,6 +275,124 @@ def test_swav_names_views_and_options_that_do_not_fit(generator):
             SwAVConfig(**options)
 
 
-def test_every_family_is_found_by_name():
-    assert set(FAMILIES) <= set(METHODS)
-    assert get_method("swav") is SwAV
+def test_simcse_takes_a_hard_negative_as_third_view(generator):
+    method = build("simcse")
+    two = make_views(8, generator)
+    three = Views((*two.inputs, view(samples(8, generator)[0], generator)), num_global=2)
+    features = [method.projector(method.encoder(x)).detach() for x in three.inputs]
+    assert float(method(two).loss.detach()) == pytest.approx(float(info_nce(*features[:2], temperature=0.1)))
+    assert float(method(three).loss.detach()) == pytest.approx(float(info_nce(*features, temperature=0.1)))
+    with pytest.raises(UserError, match="2 and a hard negative, but the view maker gave 4"):
+        method(Views(three.inputs + two.inputs[:1]))
+
+
+def test_nnclr_finds_the_nearest_row_whatever_the_block(monkeypatch, generator):
+    query, rows = torch.randn(9, 4, generator=generator), torch.randn(50, 4, generator=generator)
+    expected = rows[(query @ rows.T).argmax(1)]
+    monkeypatch.setattr(nnclr, "SEARCH_ROWS", 7)
+    assert torch.equal(nnclr.nearest_rows(query, rows), expected)
+
+
+def test_nnclr_compares_with_neighbours_once_it_has_any(generator):
+    method = build("nnclr")
+    method(make_views(8, generator))
+    assert len(method.queue) == 0, "forward never writes"
+    method.after_step()
+    assert len(method.queue) == 8
+    queued = method.queue.features()
+    assert torch.equal(method._neighbour(queued[[3]]), queued[[3]])
+
+
+def test_npid_tells_a_sample_from_noise_as_equation_7_says(generator):
+    method = build("npid", negatives=5)
+    ids = torch.tensor([3, 9])
+    features = nn.functional.normalize(torch.randn(2, 32, generator=generator), dim=1)
+    bank = copy.deepcopy(method.bank)
+    negatives = bank.sample_negatives(2, 5)
+    temperature, size, m = 0.2, 256, 5
+    noise = [
+        [math.exp(float(f @ bank.read(n)) / temperature) for n in row]
+        for f, row in zip(features, negatives, strict=True)
+    ]
+    normaliser = size * sum(map(sum, noise)) / (2 * m)
+    total = 0.0
+    for i in range(2):
+        own = math.exp(float(features[i] @ bank.read(ids[i])) / temperature) / normaliser
+        total -= math.log(own / (own + m / size))
+        total -= sum(math.log(1 - p / normaliser / (p / normaliser + m / size)) for p in noise[i])
+    assert float(method._loss(features, ids)) == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_npid_writes_after_the_step_and_fixes_its_normaliser(generator):
+    method = build("npid")
+    before = method.bank.features().clone()
+    method(make_views(16, generator))
+    assert torch.equal(method.bank.features(), before), "forward never writes"
+    method.after_step()
+    changed = (method.bank.features() != before).any(1)
+    assert changed[:16].all()
+    assert not changed[16:].any()
+    first = method.bank.log_normaliser(torch.zeros(1, 1))
+    train(method, 3)
+    assert torch.equal(method.bank.log_normaliser(torch.zeros(1, 1)), first)
+    with pytest.raises(UserError, match="NPID keeps a slot a sample"):
+        method(Views(make_views(4, generator).inputs))
+    with pytest.raises(UserError, match="Sample id 999 is outside"):
+        method(Views(make_views(1, generator).inputs, sample_ids=torch.tensor([999])))
+    whole = build("npid", negatives=0)
+    assert float(whole(make_views(16, generator)).loss.detach()) == pytest.approx(math.log(256), rel=0.4)
+
+
+def test_supcon_says_that_it_needs_labels(generator):
+    with pytest.raises(UserError, match="SupCon needs labels"):
+        build("supcon")(Views(make_views(4, generator).inputs))
+
+
+def test_simclr_v2_keeps_a_part_of_its_head_for_fine_tuning(generator):
+    method = build("simclr-v2").eval()
+    encoder = method.fine_tuning_encoder().eval()
+    x = make_views(4, generator).inputs[0]
+    assert encoder(x).shape == (4, 64)
+    assert encoder.feature_dim == 64
+    head = method.projector[0]
+    assert torch.equal(encoder(x), head[2](head[1](head[0](method.encoder(x)))))
+    none = build("simclr-v2", kept_layers=0).eval().fine_tuning_encoder()
+    assert none(x).shape == (4, none.feature_dim) == (4, 16)
+    with pytest.raises(UserError, match="--kept-layers = 3"):
+        build("simclr-v2", kept_layers=3)
+
+
+def test_simclr_v2_without_memory_is_simclr_behind_its_own_head(generator):
+    method = build("simclr-v2", queue_size=0)
+    views = make_views(8, generator)
+    projected = method.projector(method.encoder(torch.cat(views.inputs)))
+    assert float(method(views).loss.detach()) == pytest.approx(float(nt_xent(*projected.detach().chunk(2))), rel=1e-5)
+    assert not any("queue" in name for name in method.state_dict())
+
+
+def test_the_momentum_of_scheduled_methods_rises_to_one():
+    for name in ("byol", "moco-v3"):
+        method = build(name)
+        method.set_total_steps(20)
+        assert method.momentum_encoder.current_momentum == pytest.approx(0.9)
+        train(method, 20)
+        assert method.momentum_encoder.current_momentum == 1.0
+
+
+MIXED = ["curl", "moco", "moco-v3", "simclr", "simclr-v2", "simcse"]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_views_have_two_positives(name, generator):
+    method = build(name)
+    inputs = make_views(8, generator).inputs
+    partner, share = torch.arange(8).flip(0), torch.full((8,), 0.7)
+    plain = Views(inputs)
+    same = Views(inputs, positives=Positives.mixed(partner, torch.ones(8)))
+    soft = Views(inputs, positives=Positives.mixed(partner, share))
+    if name != "moco":  # whose only candidates are otherwise in its queue
+        assert float(method(same).loss.detach()) == pytest.approx(float(method(plain).loss.detach()), rel=1e-5)
+    matrix = 0.7 * torch.eye(8) + 0.3 * torch.eye(8).flip(0)
+    dense = Views(inputs, positives=Positives.weighted(matrix))
+    assert float(method(soft).loss.detach()) == pytest.approx(float(method(dense).loss.detach()), rel=1e-5)
+    assert float(method(soft).loss.detach()) != pytest.approx(float(method(same).loss.detach()), rel=1e-4)

@@ -1,0 +1,101 @@
+"""NPID: every sample is a class of its own, told apart by a bank with one slot a sample."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from contrastive_mm.errors import UserError
+from contrastive_mm.heads import ProjectionHead
+from contrastive_mm.memory import InstanceBank
+from contrastive_mm.methods.base import Method, Objective
+from contrastive_mm.views import Views, encode_views
+
+
+@dataclass(frozen=True)
+class NPIDConfig:
+    """Instance discrimination (Wu et al. 2018)."""
+
+    temperature: float = 0.07
+    """Divides the cosine similarity."""
+    bank_size: int = 65_536
+    """Slots of the bank: at least the number of samples in the data."""
+    negatives: int = 4096
+    """Noise samples drawn from the bank for each sample; 0 takes the whole bank (the full softmax, section 3.1)."""
+    bank_momentum: float = 0.5
+    """Share of a slot's old feature that stays when its sample is seen again."""
+    projection_dim: int = 128
+    """Dimensions of the bank's features."""
+
+    def __post_init__(self) -> None:
+        if self.negatives < 0:
+            raise UserError(f"--negatives = {self.negatives}; it must be 0 (the whole bank) or more.")
+
+
+class NPID(Method):
+    """Non-parametric instance discrimination (Wu et al. 2018, arXiv 1805.01978, equations 2 to 7).
+
+    A view's feature behind one linear layer is told from noise samples of the bank: with ``h`` the posterior
+    probability that a feature is the sample's own (equation 5), the loss is the noise-contrastive one (equation 7).
+    Features of all views of a step are mixed into their samples' slots afterwards. Needs ``Views.sample_ids``.
+
+    Where paper and released code disagree (how slots are written, over what the normaliser is averaged) is said at
+    ``InstanceBank``. The paper's proximal term (section 3.3) is left out, as in the code.
+    """
+
+    config_class = NPIDConfig
+
+    def __init__(self, encoder: nn.Module, config: NPIDConfig | None = None) -> None:
+        config = config or NPIDConfig()
+        super().__init__(encoder, config)
+        self.temperature, self.negatives = config.temperature, config.negatives
+        self.projector = ProjectionHead(self.feature_dim, 0, config.projection_dim, num_layers=1)
+        self.bank = InstanceBank(config.bank_size, config.projection_dim, config.bank_momentum)
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._log_normaliser: Tensor | None = None
+
+    def forward(self, views: Views) -> Objective:
+        """Tell each view's own slot from the others, the mean over all full views.
+
+        Raises:
+            UserError: the views carry no sample ids, or one outside the bank.
+        """
+        ids = views.sample_ids
+        if ids is None:
+            raise UserError("NPID keeps a slot a sample and needs Views.sample_ids: let the batch carry its `index`.")
+        encoded = encode_views(self._project, views.inputs[: views.num_global])
+        features = [F.normalize(feature.float(), dim=1) for feature in encoded]
+        losses = [self._loss(feature, ids) for feature in features]
+        if self.training:
+            self._seen.append((ids, F.normalize(torch.stack(features).mean(0).detach(), dim=1)))
+        own = (features[0].detach() * self.bank.read(ids)).sum(1).mean()
+        return Objective(torch.stack(losses).mean(), {"positive_similarity": own})
+
+    def after_step(self) -> None:
+        """Keep the normaliser of the first step, then mix this step's features into the bank."""
+        if self._log_normaliser is not None:
+            self.bank.fix_normaliser(self._log_normaliser)
+            self._log_normaliser = None
+        for ids, features in self._seen:
+            self.bank.write(ids, features)
+        self._seen.clear()
+
+    def _project(self, inputs: object) -> object:
+        return self.projector(self.encoder(inputs))
+
+    def _loss(self, features: Float[Tensor, "batch dim"], ids: Tensor) -> Tensor:
+        own = (features * self.bank.read(ids)).sum(1) / self.temperature
+        if self.negatives == 0:
+            return F.cross_entropy(features @ self.bank.features().float().T / self.temperature, ids)
+        noise_ids = self.bank.sample_negatives(len(features), self.negatives)
+        noise = torch.einsum("bd,bkd->bk", features, self.bank.read(noise_ids).float()) / self.temperature
+        log_normaliser = self.bank.log_normaliser(noise.detach())
+        self._log_normaliser = log_normaliser
+        # h = P / (P + m P_n), with P = exp(s) / Z and P_n = 1 / n: a sigmoid of s - log Z - log(m / n).
+        offset = log_normaliser + math.log(self.negatives / len(self.bank))
+        return -(F.logsigmoid(own - offset) + F.logsigmoid(offset - noise).sum(1)).mean()
