@@ -55,10 +55,10 @@ def evaluate(run: Positional[Path], data: str | None = None) -> None:
         data: evaluate on other data than it was trained on.
     """
     from contrastive_mm.report import score_table, text_table
-    from contrastive_mm.runs import REPORT_FILE, evaluate_run
+    from contrastive_mm.runs import evaluate_run, evaluation_files
 
     print(text_table(*score_table(evaluate_run(run, data))))
-    print(f"\nPictures: {run / REPORT_FILE}")
+    print(f"\nPictures: {evaluation_files(run, data)[1]}")
 
 
 def embed(run: Positional[Path], data: Positional[str], out: Path = Path("features.parquet")) -> None:

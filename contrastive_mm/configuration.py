@@ -246,8 +246,10 @@ def _check_values(flags_class: Any, arguments: list[str], source: str) -> None:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             tyro.cli(flags_class, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as error:
+        # Out of a box with help in it, the line that says what is wrong.
         lines = [line.strip("│╭╮╰╯─ \n") for line in said.getvalue().splitlines()]
-        useful = " ".join(line for line in lines if line and "--help" not in line)
+        spoken = [line for line in lines if line.strip("-") and "--help" not in line]
+        useful = next((line for line in spoken if line.startswith("Error")), " ".join(spoken))
         raise UserError(f"{source} has a value that doesn't fit: {useful}") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMES = 40
+"""Known names that an error lists; nobody reads a longer list."""
+
 
 class UserError(Exception):
     """Bad input from the user; the command line prints it without a traceback and exits with 2."""
@@ -31,4 +34,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") ->
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     place = f" in {where}" if where else ""
-    return UserError(f"Unknown {kind} {name!r}{place}.{guess} Known: {', '.join(choices)}.")
+    shown = choices[:MOST_NAMES] if len(choices) > MOST_NAMES else choices
+    more = f", and {len(choices) - MOST_NAMES} more" if len(choices) > MOST_NAMES else ""
+    return UserError(f"Unknown {kind} {name!r}{place}.{guess} Known: {', '.join(shown)}{more}.")

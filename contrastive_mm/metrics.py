@@ -25,6 +25,11 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
+    def last(self) -> dict[str, Any]:
+        """The newest line; empty where there is none."""
+        lines = read_metrics(self.path) if self.path.exists() else []
+        return lines[-1] if lines else {}
+
     def cut_after(self, step: int) -> None:
         """Drop the lines of later steps, and a line torn by a kill, so that a resumed run logs each step once."""
         if not self.path.exists():

@@ -201,7 +201,7 @@ def neighbour_table(embeddings: Embeddings) -> str:
     for query, cosines, nearest in zip(queries, found.values.tolist(), found.indices.tolist(), strict=True):
         cells = [f'<td class="query">{_preview(embeddings, query)}</td>']
         cells += [
-            f"<td>{_preview(embeddings, index)}<small>cosine {cosine:.2f}</small></td>"
+            f"<td>{_preview(embeddings, index)}<small>cosine {cosine:.3f}</small></td>"
             for index, cosine in zip(nearest, cosines, strict=True)
         ]
         rows.append("<tr>" + "".join(cells) + "</tr>")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,26 +41,30 @@ RUN_PARTS = (
 REPRESENTATIONS = ("untrained encoder", "raw input", "trained encoder")
 
 
-def _claim_folder(output: Path, resume: bool, overwrite: bool) -> None:
-    """Make sure that a run may write here, before any work is done."""
+def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
+    """Make sure that a run may write here, before any work is done and without leaving a trace."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder.")
-    held = [name for name in RUN_PARTS if (output / name).exists()]
-    if held and overwrite and not resume:
-        for name in held:
-            part = output / name
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-    elif held and not resume:
+    held = _held_parts(output)
+    if held and not resume and not overwrite:
         raise UserError(
             f"{output} already holds a run ({', '.join(held)}). Continue it with --resume, replace it with "
             "--overwrite, or choose another --output."
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / ".write-test").touch()
-        (output / ".write-test").unlink()
-    except OSError as error:
-        raise UserError(f"--output {output} can't be written to: {error}") from error
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output {output} can't be written to: {there} is no folder that you may write in.")
+
+
+def _held_parts(output: Path) -> list[str]:
+    return [name for name in RUN_PARTS if (output / name).exists()]
+
+
+def _clear_folder(output: Path) -> None:
+    """Remove an earlier run; other files that lie in its folder stay."""
+    for name in _held_parts(output):
+        part = output / name
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def untrained_encoder(domain: Domain, seed: int) -> nn.Module:
@@ -84,15 +90,22 @@ def pretrain(
     Raises:
         UserError: the folder holds a run already, or the data, encoder or options don't fit.
     """
-    _claim_folder(output, resume, overwrite)
+    _check_folder(output, resume, overwrite)
     seed = config.trainer.seed
     saved = output if resume and (output / CONFIG_FILE).exists() else None
     domain = load_domain(config.domain)(config.domain_options, seed, saved)
     encoder = untrained_encoder(domain, seed)
     method = get_method(config.method)(encoder, config.method_options)
     trainer = Trainer(method, domain.make_views, domain.train_batches(), config.trainer, output)
+    # Whatever may be refused has been by now: a failed start leaves the folder, and the run in it, as they were.
     if resume:
-        trainer.restore()  # before the configuration is written: a refused resume must leave the run as it was
+        trainer.restore()
+    elif overwrite:
+        _clear_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
+    if not trainer.finished:
+        for stale in (EVALUATION_FILE, REPORT_FILE):
+            (output / stale).unlink(missing_ok=True)
     domain.save(output)  # before the configuration too: where that is, the domain finds what it saved
     dataclasses.replace(config, domain_options=domain.config).save(output / CONFIG_FILE)
     return trainer.train()
@@ -124,7 +137,8 @@ def trained_encoder(run: Path, config: RunConfig[Any, Any], domain: Domain) -> n
 def evaluate_run(run: Path, data: str | None = None) -> dict[str, dict[str, float]]:
     """Score a run's encoder beside the untrained encoder and the raw input, and write pictures.
 
-    Writes ``evaluation.json`` and ``report.html`` into the run.
+    Writes ``evaluation.json`` and ``report.html`` into the run, or, for other data, ``evaluation-<data>.json``
+    and ``report-<data>.html``.
 
     Args:
         run: folder of the run.
@@ -141,20 +155,31 @@ def evaluate_run(run: Path, data: str | None = None) -> dict[str, dict[str, floa
     untrained = untrained_encoder(domain, config.trainer.seed)
     encoders = dict(zip(REPRESENTATIONS, (untrained, None, trained), strict=True))
     scores = {name: domain.evaluate(encoder) for name, encoder in encoders.items()}
-    text = json.dumps({"data": data or config.domain_options.data, "scores": scores}, indent=2)
-    write_atomically(run / EVALUATION_FILE, lambda temporary: _write(temporary, text + "\n"))
+    lines = read_metrics(run / METRICS_FILE)
+    result = {"data": config.domain_options.data, "step": lines[-1]["step"] if lines else None, "scores": scores}
+    text = json.dumps(result, indent=2)
+    evaluation, report = evaluation_files(run, data)
+    write_atomically(evaluation, lambda temporary: _write(temporary, text + "\n"))
     page = Page(f"{config.method} on {config.domain_options.data}")
     page.add_table("Scores", *score_table(scores))
     add_run_pictures(page, {str(run): run}, domain.embed(untrained), domain.embed(trained))
-    page.save(run / REPORT_FILE)
+    page.save(report)
     return scores
+
+
+def evaluation_files(run: Path, data: str | None = None) -> tuple[Path, Path]:
+    """Where ``evaluate_run`` writes scores and pictures; other data than the run's own get names of their own."""
+    if data is None:
+        return run / EVALUATION_FILE, run / REPORT_FILE
+    name = re.sub(r"[^\w.-]+", "-", Path(data).name or "data").strip("-")
+    return run / f"evaluation-{name}.json", run / f"report-{name}.html"
 
 
 def add_run_pictures(page: Page, runs: dict[str, Path], before: Embeddings, after: Embeddings) -> None:
     """Add loss curves, the map of embeddings before and after training, and nearest neighbours to a page."""
     curves = {name: read_metrics(run / METRICS_FILE) for name, run in runs.items()}
     page.add_picture("Loss", loss_plot(curves))
-    page.add_picture("Embeddings of data held back, before and after training (t-SNE)", map_plot(before, after))
+    page.add_picture("Embeddings before and after training (t-SNE)", map_plot(before, after))
     page.add_html("Nearest neighbours after training", neighbour_table(after))
 
 

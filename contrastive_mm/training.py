@@ -220,7 +220,7 @@ class Trainer:
         if resume:
             self.restore()
         self.method.train()
-        last: dict[str, float] = {}
+        last: dict[str, float] = self.log.last() if self.finished else {}
         samples = 0
         began, before = time.perf_counter(), self.seconds
         bar = progress(total=self.total_steps, initial=self.step, desc=self.output.name, unit="step")
@@ -245,6 +245,11 @@ class Trainer:
             "seconds": self.seconds,
             "samples_per_second": last.get("samples_per_second", float("nan")),
         }
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to do."""
+        return self.step >= self.total_steps
 
     def _one_step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for group in self.updater.optimizer.param_groups:

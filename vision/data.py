@@ -86,8 +86,9 @@ def find_images(data: str) -> ImageSource:
     if name in TORCHVISION_SETS:
         return _torchvision(name, split or "train")
     if os.sep in data or data.startswith("."):
-        raise UserError(f"{data} does not exist. For a Hugging Face data set write hf:{data}.")
-    raise unknown_name("data set (and no such path)", name, NAMED_SETS)
+        hint = "" if data.startswith((".", "/", "~")) else f" For a Hugging Face data set write hf:{data}."
+        raise UserError(f"{data} does not exist.{hint}")
+    raise unknown_name("data set (and there is no such folder or file)", name, NAMED_SETS)
 
 
 def _folder(path: Path) -> ImageSource:

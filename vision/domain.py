@@ -41,7 +41,8 @@ class VisionConfig:
 
     data: str = ""
     """Folder of images (flat, or one folder a class), of Parquet or of IDX files; Parquet file with an image
-    column; digits, cifar10, cifar100, fashion-mnist, mnist, stl10, svhn; or hf:owner/name."""
+    column; digits, cifar10, cifar100, fashion-mnist, mnist, stl10, svhn (name:test takes another split); or
+    hf:owner/name."""
     encoder: str = "small-conv"
     """small-conv, or a torchvision model such as resnet18."""
     image_size: int | None = None

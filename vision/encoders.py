@@ -14,7 +14,7 @@ SMALL_IMAGE = 64
 
 
 class SmallConvNet(nn.Module):
-    """Seven convolutions for small images on a CPU, 0.6 million weights.
+    """Six convolutions for small images on a CPU, 0.6 million weights.
 
     Args:
         width: channels of the first layer; the features have 8 times as many.
