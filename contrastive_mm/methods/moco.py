@@ -67,17 +67,19 @@ class MoCo(Method):
         first, second = views.require_pair("MoCo")
         query: Any = self.projector(self.encoder(first))
         key = self.momentum_encoder(second)
-        queued = len(self.queue)
+        negatives = self.queue.features() if len(self.queue) else None
         loss = info_nce(
             query,
             key,
-            negatives=self.queue.features() if queued else None,
+            negatives=negatives,
             temperature=self.temperature,
-            in_batch_negatives=not queued,
+            in_batch_negatives=negatives is None,
         )
         if self.training:
             self._new_keys.append(F.normalize(key.float(), dim=1))
-        return Objective(loss, {"positive_similarity": positive_similarity(query, key)})
+        candidates = len(query) if negatives is None else 1 + len(negatives)
+        metrics = {"positive_similarity": positive_similarity(query, key)}
+        return Objective(loss, metrics, features=(query, key), negatives=negatives, candidates=candidates)
 
     def after_step(self) -> None:
         """Move the key encoder, then put this step's keys into the queue."""

@@ -44,7 +44,8 @@ class SimCSE(Method):
         """InfoNCE from the first view to the second."""
         first, second = encode_views(self._project, views.require_pair("SimCSE"))
         loss = info_nce(first, second, temperature=self.temperature)
-        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        return Objective(loss, metrics, features=(first, second), candidates=len(first))
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

@@ -30,3 +30,28 @@ def effective_rank(features: Float[Tensor, "batch dim"]) -> float:
     values = torch.linalg.svdvals(features - features.mean(0))
     share = values / values.sum().clamp_min(1e-12)
     return float(torch.special.entr(share).sum().exp())
+
+
+def feature_std(features: Float[Tensor, "batch dim"]) -> float:
+    """Standard deviation of each dimension of the normalised features, mean over dimensions.
+
+    0 where all features are one point, 1/sqrt(D) where they spread evenly (Chen and He 2021, section 4.1).
+    """
+    return float(F.normalize(features, dim=1).std(dim=0, correction=0).mean())
+
+
+def mean_similarity(
+    first: Float[Tensor, "batch dim"], second: Float[Tensor, "others dim"], paired: bool = False
+) -> float:
+    """Mean cosine between the rows of one set and the rows of another.
+
+    Args:
+        first: (N, D) features.
+        second: (M, D) features.
+        paired: row i belongs with row i: those N pairs are left out (N = M).
+    """
+    first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
+    total, pairs = first.sum(0) @ second.sum(0), len(first) * len(second)
+    if paired:
+        total, pairs = total - (first * second).sum(), pairs - len(first)
+    return float(total / pairs)
