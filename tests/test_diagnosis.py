@@ -347,7 +347,7 @@ def test_a_resumed_run_says_what_the_whole_run_says(tmp_path, stopped_at):
     make_trainer(tmp_path / "stopped", "simclr", **options).train(resume=True)
     assert comparable(tmp_path / "stopped") == comparable(tmp_path / "whole")
     assert names(tmp_path / "whole") == ["temperature too high"]
-    assert 0 < comparable(tmp_path / "whole")[3]["clipped_share"] < 1
+    assert any(0 < line["clipped_share"] < 1 for line in comparable(tmp_path / "whole"))
 
 
 def test_a_run_begun_without_the_doctor_goes_on_with_it(tmp_path):
