@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from contrastive_mm.batches import Batches
 from contrastive_mm.checkpoint import (
@@ -24,8 +26,9 @@ from contrastive_mm.checkpoint import (
     restore_random_state,
     save_encoder,
 )
+from contrastive_mm.diagnosis import Doctor
 from contrastive_mm.errors import NotFiniteError, TrainingError, UserError
-from contrastive_mm.methods.base import Method
+from contrastive_mm.methods.base import Method, Objective
 from contrastive_mm.metrics import MetricsLog
 from contrastive_mm.progress import progress
 from contrastive_mm.views import ViewMaker
@@ -63,6 +66,8 @@ class TrainerConfig:
     """Steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    diagnose: bool = True
+    """Watch for collapse and other failures: log the geometry of the features and say in one line what is wrong."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "log_every", "checkpoint_every", "keep_checkpoints"):
@@ -139,6 +144,8 @@ class Updater:
         self.method = method
         self.make_views = make_views
         self.gradient_clip = gradient_clip
+        self.on_objective: Callable[[Objective], None] | None = None
+        """Called with each step's objective before anything is updated; it may read and must not write."""
         self._forward: nn.Module = self.accelerator.prepare(method)
         self.optimizer: Any = self.accelerator.prepare(optimizer)
 
@@ -153,6 +160,8 @@ class Updater:
         """
         views = self.make_views(send_to_device(batch, self.accelerator.device))
         objective = self._forward(views)
+        if self.on_objective is not None:
+            self.on_objective(objective)
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(objective.loss)
         metrics = {"loss": objective.loss.detach(), **objective.metrics}
@@ -202,6 +211,11 @@ class Trainer:
         method.set_total_steps(self.total_steps)
         self.step = 0
         self.seconds = 0.0
+        self.doctor: Doctor | None = None
+        if config.diagnose:
+            warmup = int(config.warmup_share * self.total_steps)
+            self.doctor = Doctor(config.log_every, self.total_steps, warmup, config.gradient_clip)
+            self.updater.on_objective = self._examine
         self.log = MetricsLog(self.output / "metrics.jsonl")
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", config.keep_checkpoints)
 
@@ -230,7 +244,7 @@ class Trainer:
                     metrics = self._one_step(batch)
                     samples += len(next(iter(batch.values())))
                     self.seconds = before + time.perf_counter() - began
-                    if self._is_due(self.config.log_every) or self.step == 1:
+                    if self._is_logged(self.step):
                         rate = samples / (self.seconds - before)
                         last = self._write_metrics(metrics, rate)
                         bar.set_postfix_str(f"loss {last['loss']:.3f}, {rate:.0f} samples/s", refresh=False)
@@ -259,7 +273,16 @@ class Trainer:
         except NotFiniteError as error:
             raise TrainingError(f"Step {self.step + 1}: {error} {self._kept()}") from error
         self.step += 1
+        if self.doctor is not None:
+            self.doctor.count_step(metrics, self.updater.accelerator.optimizer_step_was_skipped)
         return metrics
+
+    def _examine(self, objective: Objective) -> None:
+        if self.doctor is not None and self._is_logged(self.step + 1):
+            self.doctor.examine(objective)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step in (1, self.total_steps)
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total_steps
@@ -278,7 +301,13 @@ class Trainer:
 
     def _write_metrics(self, metrics: Mapping[str, Tensor], rate: float) -> dict[str, float]:
         self._check_finite(metrics)
-        values = {name: float(value) for name, value in metrics.items()}
+        values: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+        if self.doctor is not None:
+            statistics, verdict = self.doctor.report(self.step, values["loss"])
+            values = {**statistics, **values}
+            if verdict is not None:
+                values["diagnosis"] = str(verdict)
+                tqdm.write(f"{self.output.name}, step {self.step}: {verdict}", file=sys.stderr)
         line = {
             "step": self.step,
             **values,
@@ -300,6 +329,7 @@ class Trainer:
             "optimizer": self.updater.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random_state(),
+            "doctor": self.doctor.state_dict() if self.doctor is not None else None,
         }
         for name, part in self._parts().items():
             state[name] = part.state_dict()
@@ -328,6 +358,9 @@ class Trainer:
             self.updater.accelerator.scaler.load_state_dict(state["scaler"])
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
+        # A run that goes on with the doctor may have been begun without.
+        if self.doctor is not None and state.get("doctor") is not None:
+            self.doctor.load_state_dict(state["doctor"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.log.cut_after(self.step)
         restore_random_state(state["random"])

@@ -53,4 +53,5 @@ class BarlowTwins(Method):
         pair: tuple[Any, Any] = views.require_pair("Barlow Twins")
         first, second = (self.projector(self.encoder(view)) for view in pair)
         loss = barlow_twins(first, second, self.config.offdiagonal_weight)
-        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        return Objective(loss, metrics, features=(first, second))

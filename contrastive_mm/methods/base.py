@@ -21,10 +21,26 @@ class Objective:
     Attributes:
         loss: scalar to minimise.
         metrics: further scalars worth a curve, detached.
+        features: the two (N, D) features of each sample that the loss compares, row i with row i. This and what
+            follows is for ``contrastive_mm.diagnosis``, which leaves out what a method does not tell.
+        negatives: (K, D) negatives from outside the batch (a queue's content), as they were when the loss read
+            them: a view of the queue holds other keys after ``after_step``.
+        candidates: how many candidates a query chooses its positive from, the positive included. A model that
+            tells nothing apart has the loss log(candidates).
+        prototype_use: (K,) mean assignment of the batch to each prototype, with sum 1.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    features: tuple[Tensor, Tensor] | None = None
+    negatives: Tensor | None = None
+    candidates: int | None = None
+    prototype_use: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # Methods hand over what they have; a figure for the log must take no part in the gradient.
+        if self.features is not None:
+            object.__setattr__(self, "features", tuple(features.detach() for features in self.features))
 
 
 class Method(nn.Module, ABC):

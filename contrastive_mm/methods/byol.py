@@ -71,7 +71,8 @@ class BYOL(Method):
         forth = negative_cosine(self.predictor(first), second_target)
         back = negative_cosine(self.predictor(second), first_target)
         loss = (2 + 2 * forth) + (2 + 2 * back)
-        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        return Objective(loss, metrics, features=(first, second))
 
     def after_step(self) -> None:
         """Move the target network."""

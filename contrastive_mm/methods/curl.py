@@ -49,7 +49,8 @@ class CURL(Method):
         query = self.projector(self.encoder(anchor))
         key = self.momentum_encoder(positive)
         loss = info_nce(query, key, temperature=1.0, similarity=self.bilinear, positives=views.positives, gather=True)
-        return Objective(loss, {"positive_similarity": positive_similarity(query, key)})
+        metrics = {"positive_similarity": positive_similarity(query, key)}
+        return Objective(loss, metrics, features=(query, key), candidates=len(query))
 
     def after_step(self) -> None:
         """Move the key encoder."""

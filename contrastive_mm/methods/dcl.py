@@ -54,7 +54,8 @@ class DCL(Method):
             weight_concentration=self.options.weight_concentration,
             gather=True,
         )
-        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        return Objective(loss, metrics, features=(first, second), candidates=2 * len(first) - 2)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

@@ -68,21 +68,24 @@ class MoCo(Method):
         # otherwise be normalised again at every step.
         query = F.normalize(self.projector(self.encoder(first)).float(), dim=1)
         key = F.normalize(self.momentum_encoder(second).float(), dim=1)
-        queued = len(self.queue)
+        negatives = self.queue.features() if len(self.queue) else None
+        # Mixed samples have their positives among the batch's keys, which are then candidates too (i-Mix).
+        in_batch = negatives is None or views.positives is not None
         loss = info_nce(
             query,
             key,
-            negatives=self.queue.features() if queued else None,
+            negatives=negatives,
             temperature=self.temperature,
             similarity="dot",
-            # Mixed samples have their positives among the batch's keys, which are then candidates too (i-Mix).
-            in_batch_negatives=not queued or views.positives is not None,
+            in_batch_negatives=in_batch,
             positives=views.positives,
             gather=True,
         )
         if self.training:
             self._new_keys.append(key)
-        return Objective(loss, {"positive_similarity": positive_similarity(query, key)})
+        candidates = (len(query) if in_batch else 1) + (0 if negatives is None else len(negatives))
+        metrics = {"positive_similarity": positive_similarity(query, key)}
+        return Objective(loss, metrics, features=(query, key), negatives=negatives, candidates=candidates)
 
     def after_step(self) -> None:
         """Move the key encoder, then put this step's keys into the queue."""

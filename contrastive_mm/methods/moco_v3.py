@@ -66,7 +66,7 @@ class MoCoV3(Method):
         options: dict[str, Any] = {"temperature": self.temperature, "positives": views.positives, "gather": True}
         losses = info_nce(first, second_key, **options) + info_nce(second, first_key, **options)
         metrics = {"positive_similarity": positive_similarity(first, second_key)}
-        return Objective(2 * self.temperature * losses, metrics)
+        return Objective(2 * self.temperature * losses, metrics, features=(first, second_key))
 
     def after_step(self) -> None:
         """Move the key encoder."""

@@ -67,7 +67,7 @@ class NNCLR(Method):
         if self.training:
             self._new_keys.append(first.detach())
         metrics = {"positive_similarity": positive_similarity(first, second)}
-        return Objective((losses[0] + losses[1]) / 2, metrics)
+        return Objective((losses[0] + losses[1]) / 2, metrics, features=(first, second), candidates=len(first))
 
     def after_step(self) -> None:
         """Put this step's first views into the queue."""

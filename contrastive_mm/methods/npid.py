@@ -74,7 +74,8 @@ class NPID(Method):
         if self.training:
             self._seen.append((ids, F.normalize(torch.stack(features).mean(0).detach(), dim=1)))
         own = (features[0].detach() * self.bank.read(ids)).sum(1).mean()
-        return Objective(torch.stack(losses).mean(), {"positive_similarity": own})
+        pair = (features[0], self.bank.read(ids).float())
+        return Objective(torch.stack(losses).mean(), {"positive_similarity": own}, features=pair)
 
     def after_step(self) -> None:
         """Keep the normaliser of the first step, then mix this step's features into the bank."""

@@ -47,7 +47,8 @@ class SimCLR(Method):
         """NT-Xent between the two views."""
         first, second = encode_views(self._project, views.require_pair("SimCLR"))
         loss = nt_xent(first, second, self.temperature, positives=views.positives, gather=True)
-        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        return Objective(loss, metrics, features=(first, second), candidates=2 * len(first) - 1)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

@@ -80,13 +80,14 @@ class SimCLRV2(Method):
         metrics = {"positive_similarity": positive_similarity(first, second)}
         if self.queue is None or self.momentum_encoder is None:
             loss = nt_xent(first, second, self.temperature, positives=views.positives, gather=True)
-            return Objective(loss, metrics)
+            return Objective(loss, metrics, features=(first, second), candidates=2 * len(first) - 1)
         keys = [F.normalize(key.float(), dim=1) for key in encode_views(self.momentum_encoder, pair)]
+        negatives = self.queue.features() if len(self.queue) else None
         losses = [
             info_nce(
                 F.normalize(query.float(), dim=1),
                 key,
-                negatives=self.queue.features() if len(self.queue) else None,
+                negatives=negatives,
                 temperature=self.temperature,
                 similarity="dot",
                 positives=views.positives,
@@ -96,7 +97,11 @@ class SimCLRV2(Method):
         ]
         if self.training:
             self._new_keys += keys
-        return Objective((losses[0] + losses[1]) / 2, metrics)
+        candidates = len(first) + (0 if negatives is None else len(negatives))
+        pair_features = first, keys[1]
+        return Objective(
+            (losses[0] + losses[1]) / 2, metrics, pair_features, negatives=negatives, candidates=candidates
+        )
 
     def after_step(self) -> None:
         """With a memory: move the momentum encoder, then push this step's keys."""

@@ -63,7 +63,9 @@ class SimCSE(Method):
             positives=views.positives,
             gather=True,
         )
-        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        candidates = len(first) * (1 + len(hard))
+        return Objective(loss, metrics, features=(first, second), candidates=candidates)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

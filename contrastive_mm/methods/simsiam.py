@@ -57,4 +57,5 @@ class SimSiam(Method):
         first, second = (self.projector(self.encoder(view)) for view in pair)
         forth = negative_cosine(self.predictor(first), second)
         back = negative_cosine(self.predictor(second), first)
-        return Objective((forth + back) / 2, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        return Objective((forth + back) / 2, metrics, features=(first, second))

@@ -56,7 +56,8 @@ class SupCon(Method):
             raise UserError("SupCon needs labels, but this data has none; choose another --method, such as simclr.")
         first, second = encode_views(self._project, views.require_pair("SupCon"))
         loss = supcon(first, second, relation, self.temperature, gather=True)
-        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        return Objective(loss, metrics, features=(first, second), candidates=2 * len(first) - 1)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,13 +110,10 @@ class SwAV(Method):
             )
         if self.training and self.queues:
             self._new_features.append([each.detach() for each in features[:FULL_VIEWS]])
-        return Objective(
-            loss,
-            {
-                "positive_similarity": positive_similarity(features[0], features[1]),
-                "prototype_entropy": self._prototype_entropy(scores[0].detach()),
-            },
-        )
+        # What is predicted, and not the codes: Sinkhorn's are spread evenly by construction.
+        use = (scores[0].detach() / self.config.temperature).softmax(1).mean(0)
+        metrics = {"positive_similarity": positive_similarity(features[0], features[1])}
+        return Objective(loss, metrics, features=(features[0], features[1]), prototype_use=use)
 
     def after_step(self) -> None:
         """Bring the prototypes back to length 1, and put this step's features into the queues."""
@@ -162,8 +158,3 @@ class SwAV(Method):
             return None
         held = [queue.features()[process_index() :: process_count()] for queue in self.queues]
         return [F.linear(features.float(), self.prototypes.weight.detach().float()) for features in held]
-
-    def _prototype_entropy(self, scores: Tensor) -> Tensor:
-        """Entropy of the batch's mean prediction, as a share of its maximum: 0 where all samples share a cluster."""
-        share = (scores / self.config.temperature).softmax(1).mean(0)
-        return torch.special.entr(share).sum() / math.log(len(share))

@@ -58,4 +58,5 @@ class VICReg(Method):
         pair: tuple[Any, Any] = views.require_pair("VICReg")
         first, second = (self.projector(self.encoder(view)) for view in pair)
         loss = vicreg(first, second, self.config.invariance, self.config.variance, self.config.covariance)
-        return Objective(loss, {"positive_similarity": positive_similarity(first, second)})
+        metrics = {"positive_similarity": positive_similarity(first, second)}
+        return Objective(loss, metrics, features=(first, second))
