@@ -69,6 +69,8 @@ class CheckpointFolder:
         write_atomically(path, lambda temporary: torch.save(dict(state), temporary))
         for old in self.paths()[: -self.keep]:
             old.unlink()
+        for litter in self.folder.glob(".step-*"):  # of a process that was killed while it wrote
+            litter.unlink()
         return path
 
     def load_newest(self) -> dict[str, Any] | None:

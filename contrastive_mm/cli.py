@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         _dispatch(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"contrastive-mm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -29,6 +29,8 @@ MethodOptions = TypeVar("MethodOptions")
 
 CONFIG_FILE = "config.yaml"
 IDENTITY_KEYS = ("domain", "method")
+YES, NO = {"true", "yes", "on"}, {"false", "no", "off"}
+NOTHING = {"", "null", "none", "~"}
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,11 @@ def read_recipe(name: str, domain: str) -> tuple[dict[str, Any], str]:
             raise unknown_name("recipe (and no such file)", name, known)
         path = known[name]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Every scalar as it is written: YAML would make a boolean of `precision: no`, and text of `3e-4`.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
-    content = {} if content is None else content
+    content = content or {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{path} must map option names to values, as in 'batch_size: 256'.")
     for key, value in content.items():
@@ -140,12 +143,15 @@ def read_recipe(name: str, domain: str) -> tuple[dict[str, Any], str]:
     return content, str(path)
 
 
-def _check_keys(recipe: Mapping[str, Any], source: str, domain: str, domain_class: type[Any]) -> set[str]:
-    """Refuse unknown keys; return the keys that are options of the recipe's own method alone."""
+def _check_keys(recipe: Mapping[str, Any], source: str, domain: str, method: str) -> set[str]:
+    """Refuse unknown keys; return the keys that are options of the recipe's own method alone.
+
+    A recipe that names no method may have the options of the run's.
+    """
     if recipe.get("domain", domain) != domain:
         raise UserError(f"{source} is a recipe for {recipe['domain']}, not for {domain}.")
-    shared = _keys(domain_class.config_class) | _keys(TrainerConfig) | set(IDENTITY_KEYS)
-    of_method = _keys(get_method(recipe["method"]).config_class) if "method" in recipe else set()
+    shared = _keys(load_domain(domain).config_class) | _keys(TrainerConfig) | set(IDENTITY_KEYS)
+    of_method = _keys(get_method(recipe.get("method", method)).config_class)
     for key in recipe:
         if key not in shared | of_method:
             raise unknown_name("key", key, shared | of_method, source)
@@ -168,15 +174,32 @@ def _check_names(domain: str, method: str) -> None:
             owners[key] = owner
 
 
-def _as_arguments(recipe: Mapping[str, Any]) -> list[str]:
+def _as_arguments(recipe: Mapping[str, str], types: Mapping[str, Any], source: str) -> list[str]:
+    """A recipe's entries as flags, each read as its option's type wants it."""
     arguments = []
     for key, value in recipe.items():
         flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        if types[key] is bool:
+            if value.lower() not in YES | NO:
+                raise UserError(f"{source}: {key} = {value!r}; it must be true or false.")
+            arguments.append(f"--{flag}" if value.lower() in YES else f"--no-{flag}")
+        elif value.lower() in NOTHING and type(None) in get_args(types[key]):
+            arguments.append(f"--{flag}=None")
+        elif value == "":
+            raise UserError(f"{source}: {key} has no value. Give one, or leave the line out.")
         else:
             arguments.append(f"--{flag}={value}")
     return arguments
+
+
+def _types(options_class: type[Any]) -> dict[str, Any]:
+    """The type of each option, by key."""
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(options_class).items():
+        if name in {field.name for field in dataclasses.fields(options_class)}:
+            nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+            found.update(_types(kind) if nested else {name: kind})
+    return found
 
 
 def _peek(arguments: list[str], flag: str) -> str | None:
@@ -204,14 +227,15 @@ def parse_run(domain: str, arguments: list[str]) -> tuple[RunConfig[Any, Any], R
     """
     domain_class = load_domain(domain)
     recipe, source = _find_recipe(domain, arguments)
-    method_keys = _check_keys(recipe, source, domain, domain_class)
     method = _peek(arguments, "--method") or recipe.get("method") or domain_class.default_method
+    method_keys = _check_keys(recipe, source, domain, method)
     _check_names(domain, method)
     if recipe.get("method") not in (None, method):
         recipe = {key: value for key, value in recipe.items() if key not in method_keys}
     given = {key: value for key, value in recipe.items() if key not in IDENTITY_KEYS}
     flags_class: Any = _Flags[domain_class.config_class, get_method(method).config_class]  # type: ignore[name-defined,misc]
-    known = _as_arguments(given)
+    parts = (domain_class.config_class, get_method(method).config_class, TrainerConfig)
+    known = _as_arguments(given, {key: kind for part in parts for key, kind in _types(part).items()}, source)
     if known:
         _check_values(flags_class, known, source)
     flags = tyro.cli(
@@ -263,8 +287,8 @@ def load_run_config(path: Path) -> RunConfig[Any, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path.parent} holds no run: {path.name} is missing.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or "domain" not in content:
+    content, _ = read_recipe(str(path), "")
+    if "domain" not in content:
         raise UserError(f"{path} is not a run's configuration: it names no domain.")
     config, _ = parse_run(content["domain"], [f"--config={path}"])
     return config

@@ -123,12 +123,18 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def _plain(label: str) -> str:
+    """A label as matplotlib shows it and nothing more: no mathematics between dollars, and no hidden underscore."""
+    escaped = label.replace("$", r"\$")
+    return f"\u200b{escaped}" if escaped.startswith("_") else escaped
+
+
 def loss_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
     """Loss over steps, a line a run, as PNG."""
     figure = Figure(figsize=(8, 3.2), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for name, lines in curves.items():
-        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name)
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=_plain(name))
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -157,8 +163,9 @@ def _at(labels: list[str] | list[float] | None, rows: NDArray[Any]) -> list[Any]
 
 def _two_dimensions(features: NDArray[Any]) -> NDArray[Any]:
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    if len(unit) < 10:
-        return np.pad(unit, ((0, 0), (0, 2)))[:, :2]
+    # t-SNE crashes the process, without an exception, where all points are one.
+    if len(unit) < 10 or unit.shape[1] < 2 or not np.isfinite(unit).all() or unit.std(axis=0).max() < 1e-6:
+        return np.nan_to_num(np.pad(unit, ((0, 0), (0, 2)))[:, :2], posinf=0.0, neginf=0.0)
     dimensions = min(30, *unit.shape)
     reduced = PCA(dimensions, random_state=0).fit_transform(unit)
     perplexity = min(30.0, (len(unit) - 1) / 3)
@@ -183,7 +190,11 @@ def _scatter(figure: Figure, axes: Any, points: NDArray[Any], labels: list[Any] 
         for number, name in enumerate(sorted(frequent)):
             members = np.array([label == name for label in labels])
             axes.scatter(
-                points[members, 0], points[members, 1], s=12, color=colours(number), label=name if last else None
+                points[members, 0],
+                points[members, 1],
+                s=12,
+                color=colours(number),
+                label=_plain(name) if last else None,
             )
         if last:
             figure.legend(loc="outside right upper", frameon=False, fontsize=8)

@@ -74,8 +74,14 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least 1.")
-        if not self.learning_rate > 0:
-            raise UserError(f"--learning-rate = {self.learning_rate}; it must be above 0.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning-rate = {self.learning_rate}; it must be a number above 0.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"--weight-decay = {self.weight_decay}; it must be 0 or above.")
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise UserError(f"--gradient-clip = {self.gradient_clip}; it must be above 0. Leave it out not to clip.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed = {self.seed}; it must lie between 0 and 2^63 - 1.")
         if not 0 <= self.warmup_share < 1:
             raise UserError(f"--warmup-share = {self.warmup_share}; it must lie in [0, 1).")
 
@@ -83,14 +89,17 @@ class TrainerConfig:
 def make_accelerator(precision: Precision = "no", device: Literal["auto", "cpu"] = "auto") -> Accelerator:
     """An Accelerator for one process.
 
+    Accelerate keeps one precision and one device for all Accelerators of a process. Where another one is asked for
+    here, those that were made before go over to it too: finish with one before the next, as the demo does.
+
     Raises:
         UserError: fp16 without a GPU, or a launch with several processes, which this version does not train in.
     """
     if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise UserError("--precision fp16 needs a GPU; on this device use bf16 or no.")
-    # Accelerate keeps the first precision and device of a process for good; a demo that trains several
-    # recipes, each with its own, has to forget them first.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    known = AcceleratorState._shared_state
+    if known and (known.get("_mixed_precision") != precision or known.get("_cpu") != (device == "cpu")):
+        AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
     if accelerator.num_processes > 1:
         raise UserError(
@@ -226,14 +235,22 @@ class Trainer:
             resume: continue from the newest checkpoint in ``output``, or start where there is none.
 
         Returns:
-            ``steps``, the last ``loss``, training ``seconds`` and ``samples_per_second``, over all sessions.
+            ``steps``, the last ``loss``, training ``seconds`` over all sessions, and the last ``samples_per_second``.
 
         Raises:
-            TrainingError: the loss is not finite; the last checkpoint stays as it was.
+            UserError: ``output`` holds a run that was not taken up.
+            TrainingError: the loss or a weight is not finite; the last checkpoint stays as it was.
         """
         if resume:
             self.restore()
+        elif self.step == 0 and (self.checkpoints.paths() or self.log.last()):
+            raise UserError(
+                f"{self.output} already holds a run. Continue it with train(resume=True), or give another folder."
+            )
         self.method.train()
+        if self.finished:
+            # The last checkpoint may have been written just before a kill, and the encoder not.
+            save_encoder(self.method.encoder, self.output / "encoder.safetensors")
         last: dict[str, float] = self.log.last() if self.finished else {}
         samples = 0
         began, before = time.perf_counter(), self.seconds
@@ -295,6 +312,14 @@ class Trainer:
                 "--gradient-clip 1.0, or use --precision bf16 instead of fp16."
             )
 
+    def _check_weights(self) -> None:
+        broken = [name for name, value in self.method.named_parameters() if not bool(torch.isfinite(value).all())]
+        if broken:
+            raise TrainingError(
+                f"After step {self.step} the weight {broken[0]} holds NaN or infinity, and {len(broken) - 1} more do. "
+                f"{self._kept()} Lower --learning-rate, or set --gradient-clip 1.0."
+            )
+
     def _kept(self) -> str:
         saved = self.checkpoints.paths()
         return f"The last checkpoint, {saved[-1]}, is intact." if saved else "No checkpoint was written yet."
@@ -320,6 +345,7 @@ class Trainer:
 
     def _save(self, metrics: Mapping[str, Tensor]) -> None:
         self._check_finite(metrics)
+        self._check_weights()
         scaler = self.updater.accelerator.scaler
         state = {
             "step": self.step,
@@ -333,8 +359,9 @@ class Trainer:
         }
         for name, part in self._parts().items():
             state[name] = part.state_dict()
-        self.checkpoints.save(self.step, state)
+        # The encoder first: a kill in between leaves a checkpoint from which it is written again.
         save_encoder(self.method.encoder, self.output / "encoder.safetensors")
+        self.checkpoints.save(self.step, state)
 
     def restore(self) -> None:
         """Take up the newest checkpoint in ``output``; without one, begin at the first step.

@@ -2,9 +2,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from contrastive_mm.cli import main
 
@@ -47,6 +49,32 @@ def test_an_output_that_holds_a_run_is_not_touched(tmp_path, capsys):
     assert run("vision", *DIGITS, f"--output={output}", "--overwrite") == 0
 
 
+def test_overwrite_spares_the_run_until_the_new_one_can_start(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert run("vision", *DIGITS, f"--output={output}") == 0
+    (output / "notes.txt").write_text("mine")
+    before = (output / "encoder.safetensors").read_bytes()
+    assert run("vision", "--data=digitz", f"--output={output}", "--overwrite") == 2
+    assert (output / "encoder.safetensors").read_bytes() == before
+    assert run("vision", *DIGITS, "--seed=5", f"--output={output}", "--overwrite") == 0
+    assert (output / "encoder.safetensors").read_bytes() != before
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 6
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_other_data_get_a_report_of_their_own(tmp_path, capsys):
+    output = tmp_path / "run"
+    assert run("vision", *DIGITS, f"--output={output}") == 0
+    assert run("evaluate", output) == 0
+    own = (output / "evaluation.json").read_text()
+    assert json.loads(own)["step"] == 6
+    for number in range(30):
+        Image.fromarray(np.full((8, 8, 3), 8 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    assert run("evaluate", output, "--data", tmp_path) == 0
+    assert (output / "evaluation.json").read_text() == own
+    assert len(list(output.glob("evaluation-*.json"))) == len(list(output.glob("report-*.html"))) == 1
+
+
 def test_a_run_with_another_encoder_is_refused(tmp_path, capsys):
     output = tmp_path / "run"
     assert run("vision", *DIGITS, f"--output={output}") == 0
@@ -76,6 +104,7 @@ def test_a_run_with_another_encoder_is_refused(tmp_path, capsys):
         (["rl", "--data=KartPole-v1"], "Did you mean 'CartPole-v1'"),
         (["nlp", "--data=nowhere.txt"], "nowhere.txt is not a file"),
         (["nlp", "--data=pydoc-topics", "--encoder=./no-such-model"], "No Hugging Face encoder"),
+        (["vision", "--data=digits", "--temperature=-1"], "--temperature = -1"),
         (["demo", "--seeds=0"], "--seeds = 0"),
     ],
 )
@@ -86,7 +115,7 @@ def test_bad_input_gets_one_line_and_leaves_nothing_behind(arguments, message, t
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
-    assert not list(tmp_path.rglob("config.yaml")), "a failed start must not look like a run"
+    assert not list(tmp_path.iterdir()), "a failed start leaves nothing"
 
 
 def test_the_text_verbs(tmp_path, capsys):

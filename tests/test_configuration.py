@@ -114,3 +114,52 @@ def test_every_option_has_a_word_of_help():
         check(load_domain(domain).config_class)
     for method in METHODS:
         check(get_method(method).config_class)
+
+
+def parse_file(tmp_path, text, *flags, domain="vision"):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return parse_run(domain, [f"--config={path}", "--data=digits", *flags])[0]
+
+
+@pytest.mark.parametrize("off", ["no", "off", "false", "False", "'no'"])
+def test_a_word_is_taken_for_what_its_option_is(tmp_path, off):
+    assert parse_file(tmp_path, "precision: no").trainer.precision == "no"
+    assert parse_file(tmp_path, f"method: simcse\nmlp: {off}", domain="nlp").method_options.mlp is False
+    assert parse_file(tmp_path, "learning_rate: 3e-4").trainer.learning_rate == 3e-4
+    assert parse_file(tmp_path, "steps: null").trainer.steps is None
+    assert parse_file(tmp_path, "text_column: yes", domain="nlp").domain_options.text_column == "yes"
+    with pytest.raises(UserError, match="mlp = 'maybe'; it must be true or false"):
+        parse_file(tmp_path, "method: simcse\nmlp: maybe", domain="nlp")
+    with pytest.raises(UserError, match="batch_size has no value"):
+        parse_file(tmp_path, "batch_size:")
+    with pytest.raises(UserError, match="Unknown method '3'"):
+        parse_file(tmp_path, "method: 3")
+
+
+def test_a_recipe_without_a_method_may_have_the_options_of_the_runs(tmp_path):
+    assert parse_file(tmp_path, "temperature: 0.3", "--method=simclr").method_options.temperature == 0.3
+    assert parse_file(tmp_path, "temperature: 0.3").method_options.temperature == 0.3, "the domain's own method"
+    with pytest.raises(UserError, match="Unknown key 'temperature'"):
+        parse_file(tmp_path, "temperature: 0.3", "--method=curl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature=-1"], "--temperature = -1.0; it must be above 0"),
+        (["--hidden-dim=0"], "--hidden-dim = 0; it must be at least 1"),
+        (["--projection-layers=-1"], "--projection-layers = -1; it must be at least 0"),
+        (["--method=moco", "--queue-size=0"], "--queue-size = 0; it must be at least 1"),
+        (["--method=moco", "--momentum=1.5"], "--momentum = 1.5; it must lie between 0 and 1"),
+        (["--method=curl", "--latent-dim=0"], "--latent-dim = 0"),
+        (["--method=simclr-v2", "--queue-size=-1"], "--queue-size = -1; it must be at least 0"),
+        (["--gradient-clip=-1"], "--gradient-clip = -1.0; it must be above 0"),
+        (["--weight-decay=-1"], "--weight-decay = -1.0"),
+        (["--learning-rate=inf"], "--learning-rate = inf"),
+        (["--seed=-1"], "--seed = -1"),
+    ],
+)
+def test_options_that_no_run_can_use_are_refused_at_once(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_run("vision", ["--data=digits", *flags])

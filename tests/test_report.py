@@ -46,6 +46,18 @@ def test_maps_are_drawn_for_every_kind_of_label():
     assert picture(map_plot(embeddings(3), embeddings(3))).shape[1] > 500, "a handful of samples too"
 
 
+def test_features_that_tell_nothing_apart_are_drawn_too():
+    for features in (torch.zeros(60, 8), torch.ones(60, 8), torch.randn(60, 1), torch.full((60, 4), torch.nan)):
+        same = Embeddings(features, [str(n) for n in range(60)], None, ["x"] * 60)
+        assert picture(map_plot(same, same)).shape[1] > 500
+
+
+def test_names_are_shown_as_they_are():
+    odd = [("$\\frac{", "_hidden", "plain")[n % 3] for n in range(40)]
+    assert picture(map_plot(embeddings(labels=odd), embeddings(labels=odd))).shape[1] > 500
+    assert picture(loss_plot({"$x$": [{"step": 1, "loss": 2.0}]})).shape[1] > 500
+
+
 def test_neighbours_are_the_nearest_and_text_is_escaped():
     features = torch.eye(4).repeat_interleave(2, 0) + 0.01 * torch.arange(8.0)[:, None]
     table = neighbour_table(Embeddings(features, list("abcdefgh"), None, [f"<{n}>" for n in "abcdefgh"]))

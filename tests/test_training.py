@@ -231,3 +231,57 @@ def test_moco_reads_the_queue_before_it_writes(encoder):
 def test_an_encoder_without_feature_dim_is_named():
     with pytest.raises(UserError, match="Linear has no integer `feature_dim`"):
         SimCLR(torch.nn.Linear(2, 2))
+
+
+def test_the_schedule_is_what_the_optimizer_gets(tmp_path):
+    trainer = make_trainer(tmp_path, learning_rate=0.5, warmup_share=0.25)
+    real_step, seen = trainer.updater.step, []
+
+    def step(batch):
+        seen.append([group["lr"] for group in trainer.updater.optimizer.param_groups])
+        return real_step(batch)
+
+    trainer.updater.step = step
+    trainer.train()
+    assert seen == [[scheduled_rate(trainer.config, number, 12)] * 2 for number in range(12)]
+
+
+def test_a_run_is_not_trained_over(tmp_path):
+    make_trainer(tmp_path).train()
+    before = losses(tmp_path)
+    with pytest.raises(UserError, match="already holds a run"):
+        make_trainer(tmp_path, steps=5).train()
+    assert losses(tmp_path) == before
+
+
+def test_a_finished_run_gets_its_encoder_back(tmp_path):
+    make_trainer(tmp_path).train()
+    encoder = (tmp_path / "encoder.safetensors").read_bytes()
+    (tmp_path / "encoder.safetensors").unlink()
+    result = make_trainer(tmp_path).train(resume=True)
+    assert (tmp_path / "encoder.safetensors").read_bytes() == encoder
+    assert result["loss"] == losses(tmp_path)[-1][1]
+
+
+def test_ruined_weights_are_not_saved(tmp_path):
+    trainer = make_trainer(tmp_path, checkpoint_every=1, diagnose=False)
+    real_step = trainer.updater.step
+
+    def step(batch):
+        metrics = real_step(batch)
+        if trainer.step == 3:
+            with torch.no_grad():
+                next(trainer.method.parameters()).fill_(math.nan)
+        return metrics
+
+    trainer.updater.step = step
+    with pytest.raises(TrainingError, match=r"After step 4 the weight .* holds NaN.*step-000000003\.pt, is intact"):
+        trainer.train()
+    assert trainer.checkpoints.load_newest()["step"] == 3
+
+
+def test_a_second_updater_of_the_same_precision_leaves_the_first_as_it_was():
+    first = make_accelerator("bf16", "cpu")
+    make_accelerator("bf16", "cpu")
+    assert first.mixed_precision == "bf16"
+    assert make_accelerator("no", "cpu").mixed_precision == "no"

@@ -10,11 +10,12 @@ from torch import nn
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses.barlow import barlow_twins
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views
 
 
 @dataclass(frozen=True)
-class BarlowTwinsConfig:
+class BarlowTwinsConfig(MethodOptions):
     """Barlow Twins (Zbontar et al. 2021)."""
 
     offdiagonal_weight: float = 5e-3

@@ -10,12 +10,13 @@ from torch import nn
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses.regression import negative_cosine
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.momentum import MomentumEncoder
 from contrastive_mm.views import Views
 
 
 @dataclass(frozen=True)
-class BYOLConfig:
+class BYOLConfig(MethodOptions):
     """BYOL (Grill et al. 2020)."""
 
     momentum: float = 0.99

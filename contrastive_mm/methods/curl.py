@@ -9,12 +9,13 @@ from torch import nn
 from contrastive_mm.heads import BilinearSimilarity, LayerNormHead
 from contrastive_mm.losses import info_nce
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.momentum import MomentumEncoder
 from contrastive_mm.views import Views
 
 
 @dataclass(frozen=True)
-class CURLConfig:
+class CURLConfig(MethodOptions):
     """CURL's contrastive objective (Laskin et al. 2020)."""
 
     latent_dim: int = 50

@@ -9,11 +9,12 @@ from torch import nn
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import dcl
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views, encode_views
 
 
 @dataclass(frozen=True)
-class DCLConfig:
+class DCLConfig(MethodOptions):
     """Decoupled contrastive learning (Yeh et al. 2022)."""
 
     temperature: float = 0.1

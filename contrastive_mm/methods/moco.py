@@ -11,12 +11,13 @@ from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import info_nce
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.momentum import MomentumEncoder
 from contrastive_mm.views import Views
 
 
 @dataclass(frozen=True)
-class MoCoConfig:
+class MoCoConfig(MethodOptions):
     """MoCo (He et al. 2020) with the two-layer head of MoCo v2 (Chen et al. 2020b)."""
 
     temperature: float = 0.2

@@ -10,12 +10,13 @@ from torch import nn
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import info_nce
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.momentum import MomentumEncoder
 from contrastive_mm.views import Views, encode_views
 
 
 @dataclass(frozen=True)
-class MoCoV3Config:
+class MoCoV3Config(MethodOptions):
     """MoCo v3 (Chen, Xie and He 2021)."""
 
     temperature: float = 0.2

@@ -13,13 +13,14 @@ from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import info_nce
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views, encode_views
 
 SEARCH_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class NNCLRConfig:
+class NNCLRConfig(MethodOptions):
     """NNCLR (Dwibedi et al. 2021)."""
 
     temperature: float = 0.1

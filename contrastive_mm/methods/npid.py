@@ -14,11 +14,12 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.memory import InstanceBank
 from contrastive_mm.methods.base import Method, Objective
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views, encode_views
 
 
 @dataclass(frozen=True)
-class NPIDConfig:
+class NPIDConfig(MethodOptions):
     """Instance discrimination (Wu et al. 2018)."""
 
     temperature: float = 0.07
@@ -33,6 +34,7 @@ class NPIDConfig:
     """Dimensions of the bank's features."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.negatives < 0:
             raise UserError(f"--negatives = {self.negatives}; it must be 0 (the whole bank) or more.")
 

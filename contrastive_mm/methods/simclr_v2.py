@@ -12,12 +12,13 @@ from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import info_nce, nt_xent
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.momentum import MomentumEncoder
 from contrastive_mm.views import Views, encode_views
 
 
 @dataclass(frozen=True)
-class SimCLRV2Config:
+class SimCLRV2Config(MethodOptions):
     """SimCLR v2 (Chen et al. 2020b)."""
 
     temperature: float = 0.1
@@ -37,13 +38,12 @@ class SimCLRV2Config:
     """Share of the momentum encoder kept at each step; used with a queue only."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.kept_layers < self.projection_layers:
             raise UserError(
                 f"--kept-layers = {self.kept_layers}; the head has {self.projection_layers} layers, and at least the "
                 "last of them is thrown away."
             )
-        if self.queue_size < 0:
-            raise UserError(f"--queue-size = {self.queue_size}; it must be 0 (no memory) or more.")
 
 
 class SimCLRV2(Method):

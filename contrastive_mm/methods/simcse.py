@@ -10,11 +10,12 @@ from contrastive_mm.distributed import gather_with_gradient
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses import info_nce
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views, encode_views
 
 
 @dataclass(frozen=True)
-class SimCSEConfig:
+class SimCSEConfig(MethodOptions):
     """SimCSE without labels (Gao et al. 2021)."""
 
     temperature: float = 0.05

@@ -10,11 +10,12 @@ from torch import nn
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses.regression import negative_cosine
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views
 
 
 @dataclass(frozen=True)
-class SimSiamConfig:
+class SimSiamConfig(MethodOptions):
     """SimSiam (Chen & He 2021)."""
 
     projection_layers: int = 3

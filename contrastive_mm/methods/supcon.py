@@ -10,11 +10,12 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import supcon
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views, encode_views
 
 
 @dataclass(frozen=True)
-class SupConConfig:
+class SupConConfig(MethodOptions):
     """Supervised contrastive learning (Khosla et al. 2020)."""
 
     temperature: float = 0.1

@@ -16,13 +16,14 @@ from contrastive_mm.losses.similarity import full_precision, widen
 from contrastive_mm.losses.swapped import swapped_prediction
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views, encode_views
 
 FULL_VIEWS = 2
 
 
 @dataclass(frozen=True)
-class SwAVConfig:
+class SwAVConfig(MethodOptions):
     """SwAV (Caron et al. 2020)."""
 
     temperature: float = 0.1
@@ -48,6 +49,7 @@ class SwAVConfig:
     """Dimensions in which features meet the prototypes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("num_prototypes", 2), ("queue_size", 0), ("sinkhorn_iterations", 1)):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")

@@ -10,11 +10,12 @@ from torch import nn
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses.vicreg import vicreg
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
+from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views
 
 
 @dataclass(frozen=True)
-class VICRegConfig:
+class VICRegConfig(MethodOptions):
     """VICReg (Bardes et al. 2022)."""
 
     invariance: float = 25.0

@@ -1,0 +1,36 @@
+"""Options that many methods share, checked where they are read: before any data is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from contrastive_mm.errors import UserError
+
+LEAST = {"_dim": 1, "_size": 1, "_layers": 0, "_steps": 0, "_weight": 0.0}
+ABOVE_ZERO = ("temperature", "epsilon", "weight_concentration")
+SHARES = ("momentum", "bank_momentum")
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodOptions:
+    """Base of the methods' option classes: refuses what no method can use, by the option's name.
+
+    Raises:
+        UserError: a temperature not above 0, a momentum outside 0..1, a size or dimension below 1, ...
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, usual = getattr(self, field.name), field.default
+            flag = f"--{field.name.replace('_', '-')} = {value}"
+            if value is None or isinstance(value, bool | str):
+                continue
+            if field.name in ABOVE_ZERO and not value > 0:
+                raise UserError(f"{flag}; it must be above 0.")
+            if field.name in SHARES and not 0 <= value <= 1:
+                raise UserError(f"{flag}; it must lie between 0 and 1.")
+            for ending, bound in LEAST.items():
+                # A method whose default is smaller (no queue, say) allows that much.
+                least = min(bound, usual) if isinstance(usual, int | float) else bound
+                if field.name.endswith(ending) and not value >= least:
+                    raise UserError(f"{flag}; it must be at least {least}.")
