@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from contrastive_mm.losses import LearnableTemperature, dcl, info_nce, nt_xent, supcon, use_form
+from contrastive_mm.losses import LearnableTemperature, dcl, info_nce, nt_xent, sigmoid_loss, supcon, use_form
 from contrastive_mm.losses.ring import ring_info_nce
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 2, 0, 3, 3, 0])
@@ -30,6 +30,7 @@ CASES = {
     "moco": lambda a, b, t, rows: info_nce(a, b.detach(), QUEUE, t, in_batch_negatives=False, gather=True),
     "supcon": lambda a, b, t, rows: supcon(a, b, LABELS[rows], t, gather=True),
     "supcon, one view": lambda a, b, t, rows: supcon(a, None, LABELS[rows], t, gather=True),
+    "sigmoid": lambda a, b, t, rows: sigmoid_loss(a, b, t, -2.0, gather=True),
     "ring": lambda a, b, t, rows: ring_info_nce(a, b, t),
     "ring both ways": lambda a, b, t, rows: ring_info_nce(a, b, t, symmetric=True),
 }

@@ -10,20 +10,28 @@ import torch
 from contrastive_mm.errors import UserError
 from contrastive_mm.heads import BilinearSimilarity
 from contrastive_mm.losses import (
+    BarlowTwinsLoss,
     DCLLoss,
     HardNegativeNTXentLoss,
     InfoNCELoss,
     LearnableTemperature,
     NTXentLoss,
+    SigmoidLoss,
     SupConLoss,
+    TripletMarginLoss,
+    VICRegLoss,
     alignment_loss,
+    barlow_twins,
     dcl,
     hard_negative_nt_xent,
     info_nce,
     nt_xent,
+    sigmoid_loss,
     supcon,
+    triplet_margin,
     uniformity_loss,
     use_form,
+    vicreg,
 )
 from contrastive_mm.positives import Positives
 
@@ -344,8 +352,17 @@ def test_modules_are_the_functions_with_options():
         (DCLLoss(weight_concentration=0.5)(first, second), dcl(first, second, 0.1, weight_concentration=0.5)),
         (HardNegativeNTXentLoss()(first, second), hard_negative_nt_xent(first, second)),
     ]
+    pairs += [
+        (TripletMarginLoss(margin=0.5)(first, second), triplet_margin(first, second, 0.5)),
+        (BarlowTwinsLoss(offdiagonal_weight=0.1)(first, second), barlow_twins(first, second, 0.1)),
+        (VICRegLoss(variance=5.0)(first, second), vicreg(first, second, variance=5.0)),
+    ]
     for module, function in pairs:
         assert torch.equal(module, function)
+    siglip = SigmoidLoss(0.2, -3.0)
+    assert float(siglip(first, second).detach()) == pytest.approx(float(sigmoid_loss(first, second, 0.2, -3.0)))
+    siglip(first, second).backward()
+    assert all(float(p.grad.abs()) > 0 for p in siglip.parameters())
     learned = InfoNCELoss(LearnableTemperature(0.1), similarity=BilinearSimilarity(5))
     learned(first.float(), second.float()).backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in learned.parameters())

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import oracles
 import pytest
 import torch
 from torch import nn
@@ -273,6 +274,63 @@ def test_swav_names_views_and_options_that_do_not_fit(generator):
     ):
         with pytest.raises(UserError, match=message):
             SwAVConfig(**options)
+
+
+def slow_encoder(method):
+    """The key encoder as it is now, as plain code: a copy of weights into a fresh pair of encoder and head."""
+    return copy.deepcopy(method.momentum_encoder.module).train()
+
+
+def unit_lists(features):
+    return nn.functional.normalize(features.detach(), dim=1).tolist()
+
+
+def test_moco_is_algorithm_1_for_two_steps(generator):
+    method = build("moco", temperature=0.3, momentum=0.8, queue_size=20)
+    optimizer = torch.optim.SGD(method.parameters(), 0.5)
+    queue = []
+    for step in range(2):
+        views = make_views(8, generator)
+        keys = unit_lists(slow_encoder(method)(views.inputs[1]))
+        queries = unit_lists(method.projector(method.encoder(views.inputs[0])))
+        expected = oracles.info_nce(queries, keys, queue, 0.3, oracles.dot, in_batch=step == 0)
+        before = [p.clone() for p in slow_encoder(method).parameters()]
+        objective = method(views)
+        assert float(objective.loss.detach()) == pytest.approx(expected, rel=1e-5), f"step {step}"
+        optimizer.zero_grad()
+        objective.loss.backward()
+        optimizer.step()
+        method.after_step()
+        online = [*method.encoder.parameters(), *method.projector.parameters()]
+        for old, now, fast in zip(before, method.momentum_encoder.parameters(), online, strict=True):
+            torch.testing.assert_close(now, 0.8 * old + 0.2 * fast.detach())
+        queue = [*queue, *keys]
+        torch.testing.assert_close(method.queue.features(), torch.tensor(queue))
+
+
+def test_curl_is_the_bilinear_loss_with_keys_of_the_slow_encoder(generator):
+    method = build("curl", momentum=0.8)
+    with torch.no_grad():
+        method.bilinear.weight.add_(torch.randn(32, 32, generator=generator))
+        for parameter in method.momentum_encoder.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    views = make_views(6, generator)
+    keys = slow_encoder(method)(views.inputs[1]).tolist()
+    queries = (method.projector(method.encoder(views.inputs[0])).detach() @ method.bilinear.weight.detach()).tolist()
+    expected = oracles.info_nce(queries, keys, [], 1.0, oracles.dot, in_batch=True)
+    assert float(method(views).loss.detach()) == pytest.approx(expected, rel=1e-4)
+    before = [p.clone() for p in method.momentum_encoder.parameters()]
+    method.after_step()
+    online = [*method.encoder.parameters(), *method.projector.parameters()]
+    for old, now, fast in zip(before, method.momentum_encoder.parameters(), online, strict=True):
+        torch.testing.assert_close(now, 0.8 * old + 0.2 * fast.detach())
+
+
+@pytest.mark.parametrize("name", ["simclr", "dcl", "supcon", "simcse", "nnclr", "moco", "moco-v3", "npid"])
+def test_the_temperature_option_is_the_losses(name, generator):
+    views = make_views(8, generator)
+    losses = [float(build(name, temperature=t)(views).loss.detach()) for t in (0.1, 1.0)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-2)
 
 
 def test_simcse_takes_a_hard_negative_as_third_view(generator):

@@ -41,9 +41,11 @@ def check_features(features: Tensor, name: str) -> None:
         raise UserError(f"`{name}` holds {features.dtype}; features must be floating point: call .float().")
     if features.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    # One sum instead of a mask over all values: it is finite unless a value is not (or the sum overflows).
-    if not torch.isfinite(features.detach().sum(dtype=torch.float64)):
-        bad = (~torch.isfinite(features.detach())).any(dim=1).nonzero().flatten().tolist()
+    # One sum instead of a mask over all values: where it is finite, all of them are.
+    if torch.isfinite(features.detach().sum()):
+        return
+    bad = (~torch.isfinite(features.detach())).any(dim=1).nonzero().flatten().tolist()
+    if bad:  # otherwise only the sum was too large
         rows = ", ".join(str(row) for row in bad[:5]) + (", ..." if len(bad) > 5 else "")
         raise NotFiniteError(
             f"`{name}` holds NaN or infinity in {len(bad)} of {len(features)} rows (row {rows}): the encoder's "

@@ -22,8 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contrastive_mm.errors import UserError
-from contrastive_mm.losses import tiled
+from contrastive_mm.losses import operators
 from contrastive_mm.losses.exclusion import Exclusion
 
 Form = Literal["auto", "plain", "tiled"]
@@ -48,7 +47,8 @@ def use_form(form: Form) -> Iterator[None]:
         _form.reset(token)
 
 
-def _is_plain(elements: int) -> bool:
+def is_plain(elements: int) -> bool:
+    """Whether so many dot products are to be held at once."""
     form = _form.get()
     return form == "plain" or (form == "auto" and elements <= PLAIN_ELEMENTS)
 
@@ -68,9 +68,11 @@ def self_logsumexp(
         (M,) in the type of ``features``; minus infinity for a row that is left with no pair.
     """
     period = len(features) if period is None else period
-    if _is_plain(len(features) ** 2):
+    if is_plain(len(features) ** 2):
         return _plain(features, features, Exclusion(period, 0, ids, ids)).logsumexp(1)
-    result: Tensor = _self_logsumexp(features, period, ids)
+    if torch.compiler.is_compiling():
+        return operators.self_logsumexp(features, period, ids)
+    result: Tensor = operators.SelfLogsumexp.apply(features, period, ids)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -100,11 +102,10 @@ def cross_logsumexp(
     """
     if len(key) == 0:
         return query.new_full((len(query),), -math.inf)
-    if _is_plain(len(query) * len(key)):
+    if is_plain(len(query) * len(key)):
         return _plain(query, key, Exclusion(period, shift, query_ids, key_ids)).logsumexp(1)
     expectation = torch.is_grad_enabled() and query.requires_grad and not key.requires_grad
-    result: Tensor = _cross_logsumexp(query, key, query_ids, key_ids, period, shift, False, expectation)[0]
-    return result
+    return _cross(query, key, query_ids, key_ids, period, shift, False, expectation)[0]
 
 
 def two_way_logsumexp(
@@ -118,148 +119,20 @@ def two_way_logsumexp(
     Returns:
         (N,) over the columns, and (K,) over the rows.
     """
-    if _is_plain(len(first) * len(second)):
+    if is_plain(len(first) * len(second)):
         logits = _plain(first, second, Exclusion(0, 0, first_ids, second_ids))
         return logits.logsumexp(1), logits.logsumexp(0)
-    rows, columns, _ = _cross_logsumexp(first, second, first_ids, second_ids, 0, 0, True, False)
+    rows, columns, _ = _cross(first, second, first_ids, second_ids, 0, 0, True, False)
     return rows, columns
+
+
+def _cross(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    apply = operators.cross_logsumexp if torch.compiler.is_compiling() else operators.CrossLogsumexp.apply
+    result: tuple[Tensor, Tensor, Tensor] = apply(*arguments)
+    return result
 
 
 def _plain(query: Tensor, key: Tensor, exclusion: Exclusion) -> Tensor:
     logits = query @ key.T
     mask = exclusion.mask(len(query), len(key), query.device)
     return logits if mask is None else logits.masked_fill(mask, -math.inf)
-
-
-# Custom operators rather than autograd functions: torch.compile takes them as one node, without looking inside.
-@torch.library.custom_op(
-    "contrastive_mm::self_logsumexp", mutates_args=(), schema="(Tensor features, int period, Tensor? ids) -> Tensor"
-)
-def _self_logsumexp(features: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return tiled.self_forward(features, Exclusion(period, 0, ids, ids))
-
-
-@torch.library.custom_op(
-    "contrastive_mm::self_logsumexp_backward",
-    mutates_args=(),
-    schema="(Tensor features, Tensor logsumexp, Tensor gradient, int period, Tensor? ids) -> Tensor",
-)
-def _self_backward(features: Tensor, logsumexp: Tensor, gradient: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return tiled.self_backward(features, logsumexp, gradient, Exclusion(period, 0, ids, ids))
-
-
-@torch.library.custom_op(
-    "contrastive_mm::cross_logsumexp",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor? query_ids, Tensor? key_ids, int period, int shift, bool columns, "
-    "bool expectation) -> (Tensor, Tensor, Tensor)",
-)
-def _cross_logsumexp(
-    query: Tensor,
-    key: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    period: int,
-    shift: int,
-    columns: bool,
-    expectation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tiled.cross_forward(query, key, Exclusion(period, shift, query_ids, key_ids), columns, expectation)
-
-
-@torch.library.custom_op(
-    "contrastive_mm::cross_logsumexp_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor over_keys, Tensor keys_gradient, Tensor? over_queries, "
-    "Tensor? queries_gradient, Tensor? query_ids, Tensor? key_ids, int period, int shift) -> (Tensor, Tensor)",
-)
-def _cross_backward(
-    query: Tensor,
-    key: Tensor,
-    over_keys: Tensor,
-    keys_gradient: Tensor,
-    over_queries: Tensor | None,
-    queries_gradient: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    period: int,
-    shift: int,
-) -> tuple[Tensor, Tensor]:
-    exclusion = Exclusion(period, shift, query_ids, key_ids)
-    back = None if over_queries is None or queries_gradient is None else (over_queries, queries_gradient)
-    return tiled.cross_backward(query, key, (over_keys, keys_gradient), back, exclusion)
-
-
-@_self_logsumexp.register_fake
-def _(features: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return features.new_empty(features.shape[0])
-
-
-@_self_backward.register_fake
-def _(features: Tensor, logsumexp: Tensor, gradient: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return torch.empty_like(features)
-
-
-@_cross_logsumexp.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    period: int,
-    shift: int,
-    columns: bool,
-    expectation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        query.new_empty(query.shape[0]),
-        query.new_empty(key.shape[0] if columns else 0),
-        query.new_empty(query.shape[0] if expectation else 0, query.shape[1]),
-    )
-
-
-@_cross_backward.register_fake
-def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key)
-
-
-def _save_self(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, ctx.period, ids = inputs
-    ctx.save_for_backward(features, output, ids)
-
-
-def _differentiate_self(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    features, logsumexp, ids = ctx.saved_tensors
-    return _self_backward(features, logsumexp, gradient.contiguous(), ctx.period, ids), None, None
-
-
-def _save_cross(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, query_ids, key_ids, ctx.period, ctx.shift, ctx.columns, ctx.expectation = inputs
-    ctx.mark_non_differentiable(output[2])
-    if ctx.expectation:
-        ctx.save_for_backward(output[2])
-    else:
-        ctx.save_for_backward(query, key, output[0], output[1], query_ids, key_ids)
-
-
-def _differentiate_cross(ctx: Any, by_rows: Tensor, by_columns: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.expectation:
-        (expected,) = ctx.saved_tensors
-        return by_rows[:, None] * expected, *[None] * 7
-    query, key, over_keys, over_queries, query_ids, key_ids = ctx.saved_tensors
-    back = (over_queries, by_columns.contiguous()) if ctx.columns else (None, None)
-    pairs = (query_ids, key_ids, ctx.period, ctx.shift)
-    gradients = _cross_backward(query, key, over_keys, by_rows.contiguous(), *back, *pairs)
-    return *gradients, *[None] * 6
-
-
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> Any:
-    raise UserError(
-        "This loss can't be differentiated twice in its tiled form; put `with losses.use_form('plain'):` around it."
-    )
-
-
-torch.library.register_autograd(_self_logsumexp, _differentiate_self, setup_context=_save_self)
-torch.library.register_autograd(_cross_logsumexp, _differentiate_cross, setup_context=_save_cross)
-torch.library.register_autograd(_self_backward, _refuse_second_derivative)
-torch.library.register_autograd(_cross_backward, _refuse_second_derivative)

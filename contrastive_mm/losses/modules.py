@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from contrastive_mm.losses.barlow import barlow_twins
 from contrastive_mm.losses.info_nce import info_nce
 from contrastive_mm.losses.nt_xent import dcl, hard_negative_nt_xent, nt_xent
+from contrastive_mm.losses.sigmoid import sigmoid_loss
 from contrastive_mm.losses.similarity import LearnableTemperature, Similarity, check_temperature
 from contrastive_mm.losses.supcon import supcon
+from contrastive_mm.losses.triplet import triplet_margin
+from contrastive_mm.losses.vicreg import vicreg
 
 
 class TemperatureLoss(nn.Module):
@@ -83,3 +88,66 @@ class HardNegativeNTXentLoss(TemperatureLoss):
 
     function = staticmethod(hard_negative_nt_xent)
     default_temperature = 0.5
+
+
+class SigmoidLoss(nn.Module):
+    """``sigmoid_loss`` with the temperature and the bias that SigLIP learns (Zhai et al. 2023, section 3.2).
+
+    Args:
+        temperature: the first temperature.
+        bias: the first bias.
+        options: the function's other keyword arguments.
+
+    Raises:
+        UserError: as ``LearnableTemperature``.
+    """
+
+    def __init__(self, temperature: float = 0.1, bias: float = -10.0, **options: Any) -> None:
+        super().__init__()
+        self.temperature = LearnableTemperature(temperature)
+        self.bias = nn.Parameter(torch.tensor(bias))
+        self.options = options
+
+    def forward(self, first: Tensor, second: Tensor) -> Float[Tensor, ""]:
+        """The function's value."""
+        return sigmoid_loss(first, second, self.temperature(), self.bias, **self.options)
+
+
+class PlainLoss(nn.Module):
+    """A loss function without temperature, with its options.
+
+    Args:
+        options: the function's keyword arguments.
+    """
+
+    function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, *features: Tensor, **more: Any) -> Float[Tensor, ""]:
+        """The function's value; arguments as the function's."""
+        return type(self).function(*features, **{**self.options, **more})
+
+    def extra_repr(self) -> str:
+        """Options, for print."""
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+class TripletMarginLoss(PlainLoss):
+    """``triplet_margin`` as a module: ``TripletMarginLoss(margin=0.2)(anchor, positive)``."""
+
+    function = staticmethod(triplet_margin)
+
+
+class BarlowTwinsLoss(PlainLoss):
+    """``barlow_twins`` as a module."""
+
+    function = staticmethod(barlow_twins)
+
+
+class VICRegLoss(PlainLoss):
+    """``vicreg`` as a module: ``VICRegLoss(invariance=25.0)(first, second)``."""
+
+    function = staticmethod(vicreg)

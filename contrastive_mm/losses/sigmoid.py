@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from contrastive_mm.distributed import gather_with_gradient, process_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses import tiled
 from contrastive_mm.losses.checks import check_pair
-from contrastive_mm.losses.logsumexp import _is_plain, _refuse_second_derivative
+from contrastive_mm.losses.logsumexp import is_plain
+from contrastive_mm.losses.operators import refuse_second_derivative
 from contrastive_mm.losses.similarity import (
     Similarity,
     Temperature,
@@ -30,6 +32,7 @@ def sigmoid_loss(
     temperature: Temperature = 0.1,
     bias: float | Float[Tensor, ""] = -10.0,
     similarity: Similarity = "cosine",
+    gather: bool = False,
 ) -> Float[Tensor, ""]:
     r"""Sigmoid loss of all pairs (SigLIP, Zhai et al. 2023, section 3.2).
 
@@ -47,6 +50,8 @@ def sigmoid_loss(
         bias: b, a number or a scalar tensor with gradient. The paper learns it, starting at -10, where the many
             negatives cost almost nothing.
         similarity: ``"cosine"``, ``"dot"`` or a map of ``first``.
+        gather: in several processes, pair own rows of ``first`` with the rows of ``second`` of all; the average of
+            the processes' gradients is the gradient of the whole batch's loss.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 features).
@@ -57,7 +62,7 @@ def sigmoid_loss(
     """
     check_pair(first, second, "first", "second")
     check_temperature(temperature)
-    if len(first) < 2:
+    if len(first) < 2 and not (gather and process_count() > 1):
         raise UserError("sigmoid_loss needs at least 2 samples: `first` has 1, which leaves it without negatives.")
     if isinstance(bias, Tensor) and bias.numel() != 1:
         raise UserError(f"`bias` has shape {tuple(bias.shape)}; give one number or a scalar tensor.")
@@ -65,7 +70,11 @@ def sigmoid_loss(
         query = prepare_query(first, similarity)
         query = query * scale_of(temperature, query)
         wide_bias = bias.to(query).reshape(()) if isinstance(bias, Tensor) else query.new_tensor(bias)
-        return sum_over_pairs(query, prepare_key(second, similarity), wide_bias) / len(first)
+        key = prepare_key(second, similarity)
+        if not gather:
+            return sum_over_pairs(query, key, wide_bias) / len(first)
+        gathered = gather_with_gradient(key)
+        return sum_over_pairs(query, gathered.rows, wide_bias, gathered.offset) / gathered.mean_rows
 
 
 def sum_over_pairs(
@@ -79,25 +88,19 @@ def sum_over_pairs(
         bias: scalar of the same type.
         offset: query i belongs with key ``i + offset``, as where the keys of several processes stand in one matrix.
     """
-    if _is_plain(len(query) * len(key)):
+    if is_plain(len(query) * len(key)):
         logits = query @ key.T + bias
         positive = torch.zeros_like(logits, dtype=torch.bool)
         positive.diagonal(offset).fill_(True)
         return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
     wants = torch.is_grad_enabled()
-    result: Tensor = _sigmoid_pairs(
-        query, key, bias, offset, wants and query.requires_grad, wants and key.requires_grad
-    )[0]
+    # As in losses.operators: an operator for the compiler, an autograd function where there is none.
+    pairs = _sigmoid_pairs if torch.compiler.is_compiling() else _SigmoidPairs.apply
+    result: Tensor = pairs(query, key, bias, offset, wants and query.requires_grad, wants and key.requires_grad)[0]
     return result
 
 
-@torch.library.custom_op(
-    "contrastive_mm::sigmoid_pairs",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor bias, int offset, bool by_query, bool by_key) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _sigmoid_pairs(
+def _pairs_and_gradients(
     query: Tensor, key: Tensor, bias: Tensor, offset: int, by_query: bool, by_key: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum and its gradients by queries, keys and bias; empty where they are not wanted."""
@@ -127,6 +130,15 @@ def _sigmoid_pairs(
     return total.to(query.dtype), query_gradient, key_gradient, bias_gradient.to(query.dtype)
 
 
+_sigmoid_pairs = torch.library.custom_op(
+    "contrastive_mm::sigmoid_pairs",
+    _pairs_and_gradients,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor bias, int offset, bool by_query, bool by_key) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
 def _diagonal(tile: Tensor, offset: int) -> Tensor | None:
     """The part of a diagonal that a tile meets, if any."""
     if not -tile.shape[0] < offset < tile.shape[1]:
@@ -146,17 +158,20 @@ def _(
     )
 
 
-@torch.library.custom_op(
+def _chain(
+    gradient: Tensor, query: Tensor, key: Tensor, bias: Tensor, by_query: Tensor, by_key: Tensor, by_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The chain rule; an operation, with the features among its inputs, so that a second derivative is refused."""
+    return gradient * by_query, gradient * by_key, gradient * by_bias
+
+
+_sigmoid_pairs_backward = torch.library.custom_op(
     "contrastive_mm::sigmoid_pairs_backward",
+    _chain,
     mutates_args=(),
     schema="(Tensor gradient, Tensor query, Tensor key, Tensor bias, Tensor by_query, Tensor by_key, Tensor by_bias) "
     "-> (Tensor, Tensor, Tensor)",
 )
-def _sigmoid_pairs_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, bias: Tensor, by_query: Tensor, by_key: Tensor, by_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The chain rule; an operator, with the features among its inputs, so that a second derivative is refused."""
-    return gradient * by_query, gradient * by_key, gradient * by_bias
 
 
 @_sigmoid_pairs_backward.register_fake
@@ -173,9 +188,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    by_query, by_key, by_bias = _sigmoid_pairs_backward(gradient, *ctx.saved_tensors)
+    return _gradients(ctx, gradient, _sigmoid_pairs_backward)
+
+
+def _gradients(ctx: Any, gradient: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+    by_query, by_key, by_bias = backward(gradient, *ctx.saved_tensors)
     return by_query if ctx.by_query else None, by_key if ctx.by_key else None, by_bias, None, None, None
 
 
 torch.library.register_autograd(_sigmoid_pairs, _differentiate, setup_context=_save)
-torch.library.register_autograd(_sigmoid_pairs_backward, _refuse_second_derivative)
+torch.library.register_autograd(_sigmoid_pairs_backward, refuse_second_derivative)
+
+
+class _SigmoidPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result = _pairs_and_gradients(*inputs)
+        _save(ctx, inputs, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, gradient, _SigmoidBackward.apply)
+
+
+class _SigmoidBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _chain(*inputs)
+
+    backward = staticmethod(refuse_second_derivative)
