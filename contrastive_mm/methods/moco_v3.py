@@ -23,6 +23,8 @@ class MoCoV3Config(MethodOptions):
     """Divides the cosine similarity (0.2 for ViT, 1.0 for ResNet-50 in the released code)."""
     momentum: float = 0.99
     """Share of the key encoder kept at each step, rising to 1 over the run on half a cosine."""
+    projection_layers: int = 3
+    """Linear layers of the projection head: 3 is the released code's; 0 compares the encoder's features themselves."""
     hidden_dim: int = 512
     """Width of the heads' hidden layers (4096 in the paper)."""
     projection_dim: int = 128
@@ -45,11 +47,10 @@ class MoCoV3(Method):
         config = config or MoCoV3Config()
         super().__init__(encoder, config)
         self.temperature = config.temperature
-        dim, hidden = config.projection_dim, config.hidden_dim
-        self.projector = nn.Sequential(
-            ProjectionHead(self.feature_dim, hidden, dim, num_layers=3), nn.BatchNorm1d(dim, affine=False)
-        )
-        self.predictor = nn.Sequential(ProjectionHead(dim, hidden, dim), nn.BatchNorm1d(dim, affine=False))
+        head = ProjectionHead(self.feature_dim, config.hidden_dim, config.projection_dim, config.projection_layers)
+        dim = head.output_dim
+        self.projector = nn.Sequential(head, nn.BatchNorm1d(dim, affine=False))
+        self.predictor = nn.Sequential(ProjectionHead(dim, config.hidden_dim, dim), nn.BatchNorm1d(dim, affine=False))
         self.momentum_encoder = MomentumEncoder(self._online(), config.momentum)
 
     def _online(self) -> nn.Sequential:

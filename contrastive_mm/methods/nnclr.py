@@ -27,6 +27,8 @@ class NNCLRConfig(MethodOptions):
     """Divides the cosine similarity."""
     queue_size: int = 4096
     """Earlier samples among which the neighbour is sought (98,304 on ImageNet)."""
+    projection_layers: int = 3
+    """Linear layers of the projection head: 3 is the paper's; 0 compares the encoder's features themselves."""
     hidden_dim: int = 512
     """Width of the hidden layers of projection and prediction head (2048 and 4096 in the paper)."""
     projection_dim: int = 128
@@ -48,12 +50,11 @@ class NNCLR(Method):
         config = config or NNCLRConfig()
         super().__init__(encoder, config)
         self.temperature = config.temperature
-        self.projector = nn.Sequential(
-            ProjectionHead(self.feature_dim, config.hidden_dim, config.projection_dim, num_layers=3),
-            nn.BatchNorm1d(config.projection_dim),
-        )
-        self.predictor = ProjectionHead(config.projection_dim, config.hidden_dim, config.projection_dim)
-        self.queue = FeatureQueue(config.queue_size, config.projection_dim)
+        head = ProjectionHead(self.feature_dim, config.hidden_dim, config.projection_dim, config.projection_layers)
+        dim = head.output_dim
+        self.projector = nn.Sequential(head, nn.BatchNorm1d(dim))
+        self.predictor = ProjectionHead(dim, config.hidden_dim, dim)
+        self.queue = FeatureQueue(config.queue_size, dim)
         self._new_keys: list[Tensor] = []
 
     def forward(self, views: Views) -> Objective:
