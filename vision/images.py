@@ -187,7 +187,7 @@ class ImageSet:
         except Exception as error:
             raise UserError(
                 f"{self.source.ids[row]} was whole at the start and can't be read any more ({error}). Put it back; "
-                "a run that stopped here goes on with --resume."
+                "training then goes on with --resume."
             ) from error
 
     def _decode_or_note(self, row: int) -> NDArray[Any] | None:

@@ -1,5 +1,4 @@
 import pytest
-import torch
 from pictures import break_file, picture
 
 from contrastive_mm.errors import UserError
