@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from contrastive_mm.batches import ShuffledBatches
@@ -24,8 +23,9 @@ from contrastive_mm.evaluation import (
     uniformity,
 )
 from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, plain_view
-from contrastive_mm.vision.data import ImageSet, ImageSource, find_images
 from contrastive_mm.vision.encoders import build_image_encoder
+from contrastive_mm.vision.images import ImageSet, ImageSource
+from contrastive_mm.vision.sources import find_images
 
 EVALUATION_BATCH = 256
 PROBE_ROWS = 10_000
@@ -60,6 +60,8 @@ class VisionConfig:
             raise UserError(f"--validation-share = {self.validation_share}; it must lie in [0, 1).")
         if self.image_size is not None and self.image_size < 4:
             raise UserError(f"--image-size = {self.image_size}; it must be at least 4.")
+        if not 0 <= self.max_broken <= 1:
+            raise UserError(f"--max-broken = {self.max_broken}; a share lies between 0 and 1.")
 
 
 class ImageDomain:
@@ -76,10 +78,8 @@ class ImageDomain:
         # Views are cropped from somewhat more than their own size, where images are large enough to have it.
         stored_size = self.image_size if self.image_size <= LARGEST_NATIVE else self.image_size * 8 // 7
         self.images = ImageSet(source, stored_size, config.max_broken)
-        self.class_names = source.class_names
-        self.train_rows, self.validation_rows = split_rows(
-            len(self.images), self.images.labels, config.validation_share
-        )
+        self.labels, self.class_names = self.images.labels, source.class_names
+        self.train_rows, self.validation_rows = split_rows(len(self.images), self.labels, config.validation_share)
         self.make_views = ImageViews(self.image_size, config.views, seed)
 
     def build_encoder(self) -> nn.Module:
@@ -87,12 +87,13 @@ class ImageDomain:
         return build_image_encoder(self.config.encoder, self.image_size)
 
     def train_batches(self) -> ShuffledBatches:
-        """Batches of ``image`` (B, 3, S, S) uint8 and ``index`` (B,)."""
+        """Batches of ``image`` (B, 3, S, S) uint8, ``index`` (B,) and, where there are labels, ``label`` (B,)."""
         return ShuffledBatches(len(self.train_rows), self.config.batch_size, self._load, self.seed, prefetch=2)
 
     def _load(self, indices: Tensor) -> dict[str, Tensor]:
         rows = self.train_rows[indices]
-        return {"image": self.images.read(rows), "index": rows}
+        batch = {"image": self.images.read(rows), "index": rows}
+        return batch if self.labels is None else {**batch, "label": self.labels[rows]}
 
     def evaluate(self, encoder: nn.Module | None) -> dict[str, float]:
         """Scores on the validation part, learned from the training part's labels; raw pixels for None.
@@ -101,7 +102,7 @@ class ImageDomain:
         ``knn_accuracy`` (k = 200, or half of the smallest class), ``linear_probe_accuracy`` (on at most 10,000
         training images). Without: ``uniformity`` and ``effective_rank`` of up to 2,048 images.
         """
-        labels = self.images.labels
+        labels = self.labels
         if labels is None or len(labels.unique()) < 2 or len(self.validation_rows) == 0:
             rows = self.train_rows[:2048]
             features = self._features(encoder, rows)
@@ -109,7 +110,8 @@ class ImageDomain:
         train = self._features(encoder, self.train_rows)
         test = self._features(encoder, self.validation_rows)
         train_y, test_y = labels[self.train_rows], labels[self.validation_rows]
-        smallest = int(train_y.bincount().min())
+        # Of the classes that are there: numbers may have gaps, where a class of the data set has no image.
+        smallest = int(train_y.unique(return_counts=True)[1].min())
         scores = {
             f"few_label_accuracy_{n}": few_label_accuracy(train, train_y, test, test_y, n)
             for n in FEW_LABELS
@@ -125,7 +127,7 @@ class ImageDomain:
         """Embed the validation part (all images where nothing is held back), or everything; raw pixels for None."""
         held_back = len(self.validation_rows) > 0 and not everything
         rows = self.validation_rows if held_back else torch.arange(len(self.images))
-        names, labels = self.class_names, self.images.labels
+        names, labels = self.class_names, self.labels
         ids = self.images.ids
         return Embeddings(
             features=self._features(encoder, rows),
@@ -166,7 +168,7 @@ def native_size(source: ImageSource) -> int:
         try:
             with source.open_image(number) as image:
                 side = min(image.size)
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except Exception:  # broken; the image set names it
             continue
         return side if side <= LARGEST_NATIVE else 224
     raise UserError(f"Not one of the {len(source)} images could be opened, {source.ids[0]} the first of them.")
