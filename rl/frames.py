@@ -165,13 +165,17 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
     try:
-        content = np.load(path, allow_pickle=False)
-        if not isinstance(content, np.lib.npyio.NpzFile):
-            raise UserError(f"{path} holds one array without a name; save it with np.savez(path, frames=...).")
-        with content:
-            return {name: content[name] for name in content.files}
+        with path.open("rb") as file:  # opened here: numpy leaves it open where the archive is broken
+            content = np.load(file, allow_pickle=False)
+            if not isinstance(content, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} holds one array without a name; save it with np.savez(path, frames=...).")
+            arrays = {name: content[name] for name in content.files}
     except ARCHIVE_FAULTS as error:
         raise UserError(f"{path} can't be read as .npz without pickled objects: {error}") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy hands on the bytes of what is no array
+            raise UserError(f"{path}: {name!r} is no array; save the file with np.savez.")
+    return arrays
 
 
 def _checked_frames(arrays: dict[str, NDArray[Any]], path: Path) -> NDArray[Any]:
