@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import random
 import re
 from collections.abc import Iterable
@@ -11,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from contrastive_mm.errors import UserError, unknown_name
+from contrastive_mm.nlp.tables import TABLE_SUFFIXES, read_lines, read_table
 
 NAMED_SETS = ["pydoc-topics"]
-TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".parquet"}
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 SENTENCE_WORDS = range(5, 60)
 
@@ -49,7 +46,7 @@ def find_texts(data: str, text_column: str = "text", label_column: str = "label"
         data: a text file (a sentence a line); a CSV, TSV, JSONL or Parquet table; ``pydoc-topics``, the help
             texts of Python's standard library; or a Hugging Face data set, ``hf:owner/name`` (``:split`` behind it).
         text_column: column of a table that holds the sentences.
-        label_column: column that holds classes; a table without it is unlabelled.
+        label_column: column that holds classes; a table without it, or with nothing in it, is unlabelled.
 
     Raises:
         UserError: nothing is there, a row can't be read (file, row and column are named), or no sentence is left.
@@ -65,40 +62,12 @@ def find_texts(data: str, text_column: str = "text", label_column: str = "label"
         if path.exists() or path.suffix or "/" in data:
             raise UserError(f"{data} is not a file. Give a text file, a table, or hf:owner/name.")
         raise unknown_name("data set (and no such file)", data, NAMED_SETS)
-    if path.suffix in TABLE_SUFFIXES:
-        return _from_rows(_read_table(path), str(path), text_column, label_column)
-    lines = _read_lines(path)
-    kept = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return _from_rows(read_table(path), str(path), text_column, label_column)
+    kept = [(number, line.strip()) for number, line in enumerate(read_lines(path), 1) if line.strip()]
     if not kept:
         raise UserError(f"{path} has no sentence in it.")
     return TextSource([text for _, text in kept], [f"line {number}" for number, _ in kept])
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv -t UTF-8.") from error
-
-
-def _read_table(path: Path) -> Iterable[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-        return rows
-    lines = _read_lines(path)
-    if path.suffix == ".jsonl":
-        return [_json_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    return list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
-
-
-def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, row {number}: not JSON ({error.msg} at column {error.colno}).") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, row {number}: a JSON object is needed, not {type(row).__name__}.")
-    return row
 
 
 def _from_rows(rows: Iterable[dict[str, Any]], source: str, text_column: str, label_column: str) -> TextSource:
@@ -107,20 +76,30 @@ def _from_rows(rows: Iterable[dict[str, Any]], source: str, text_column: str, la
         if text_column not in row:
             columns = ", ".join(str(name) for name in row)
             raise UserError(f"{source}, row {number}: no column {text_column!r} (--text-column) among {columns}.")
-        text = row[text_column]
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{source}, row {number}, column {text_column!r}: no sentence, but {text!r}.")
-        texts.append(text.strip())
-        labels.append(row.get(label_column))
+        texts.append(_sentence(row[text_column], f"{source}, row {number}, column {text_column!r}"))
+        label = row.get(label_column)
+        # NaN, which alone differs from itself, is how tables of numbers say that nothing is there.
+        labels.append(None if label is None or label != label else str(label).strip() or None)
     if not texts:
         raise UserError(f"{source} has no rows.")
     ids = [f"row {number}" for number in range(1, len(texts) + 1)]
-    if all(label is None for label in labels):
+    present = [label for label in labels if label is not None]
+    if not present:
         return TextSource(texts, ids)
-    missing = [number for number, label in enumerate(labels, 1) if label is None]
-    if missing:
-        raise UserError(f"{source}, row {missing[0]}, column {label_column!r}: no label, where other rows have one.")
-    return TextSource(texts, ids, *_as_labels([str(label) for label in labels]))
+    if len(present) < len(labels):
+        number = labels.index(None) + 1
+        raise UserError(f"{source}, row {number}, column {label_column!r}: no label, where other rows have one.")
+    return TextSource(texts, ids, *_as_labels(present))
+
+
+def _sentence(value: Any, place: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{place}: no sentence, but {value!r}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise UserError(f"{place}: character {error.start + 1} is half of a surrogate pair.") from error
+    return value.strip()
 
 
 def _as_labels(values: list[str]) -> tuple[Tensor, list[str]]:

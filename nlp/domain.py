@@ -8,27 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from contrastive_mm.batches import ShuffledBatches
 from contrastive_mm.domain import Embeddings
 from contrastive_mm.errors import UserError
 from contrastive_mm.evaluation import (
-    effective_rank,
     extract_features,
     linear_probe_accuracy,
     retrieval_scores,
     split_rows,
-    uniformity,
+    unlabelled_scores,
 )
 from contrastive_mm.nlp.data import TokenizedTexts, by_length, find_texts
 from contrastive_mm.nlp.encoders import (
+    MAX_POSITIONS,
     Pooling,
+    check_length,
+    longest_input,
     pretrained_encoder,
     pretrained_tokenizer,
+    saved_tokenizer,
     small_transformer,
     train_tokenizer,
 )
@@ -36,8 +39,10 @@ from contrastive_mm.nlp.views import DropoutViews
 
 EVALUATION_BATCH = 256
 EVALUATION_ROWS = 10_000
+UNLABELLED_ROWS = 2048
 RAW_WORDS = 10_000
 FROM_SCRATCH = "small-transformer"
+TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class TextConfig:
     text_column: str = "text"
     """Column of a table with the sentences."""
     label_column: str = "label"
-    """Column of a table with classes, used by `evaluate` only."""
+    """Column of a table with classes, used by `evaluate` and by methods that learn from labels, such as supcon."""
     encoder: str = FROM_SCRATCH
     """small-transformer (from scratch, with a tokenizer trained on the data), or a Hugging Face model's name or
     folder."""
@@ -60,7 +65,7 @@ class TextConfig:
     vocabulary: int = 8000
     """Tokens of a tokenizer trained from scratch, at the most."""
     max_length: int = 64
-    """Tokens kept of a sentence."""
+    """Tokens kept of a sentence; at most as many as the encoder has positions, 512 with small-transformer."""
     batch_size: int = 128
     """Sentences a step; each has batch_size - 1 negatives."""
     validation_share: float = 0.3
@@ -73,6 +78,8 @@ class TextConfig:
             raise UserError(f"--dropout = {self.dropout}; it must lie in [0, 1).")
         if self.max_length < 3:
             raise UserError(f"--max-length = {self.max_length}; two tokens frame a sentence, so at least 3.")
+        if self.encoder == FROM_SCRATCH:
+            check_length(self.max_length, MAX_POSITIONS, FROM_SCRATCH)
 
 
 class TextDomain:
@@ -93,20 +100,29 @@ class TextDomain:
 
     def _find_tokenizer(self, saved: Path | None) -> Any:
         if saved is not None:
-            return AutoTokenizer.from_pretrained(saved / "tokenizer")
+            return saved_tokenizer(saved / TOKENIZER_FOLDER)
         if self.config.encoder == FROM_SCRATCH:
             texts = (self.source.texts[row] for row in self.train_rows.tolist())
             return train_tokenizer(texts, self.config.vocabulary)
         return pretrained_tokenizer(self.config.encoder)
 
     def build_encoder(self) -> nn.Module:
-        """The encoder named in the options: pretrained, or small with random weights."""
+        """The encoder named in the options: pretrained, or small with random weights.
+
+        Raises:
+            UserError: there is none of that name, or it has fewer positions than ``max_length``.
+        """
         if self.config.encoder == FROM_SCRATCH:
             return small_transformer(len(self.tokenizer), dropout=self.config.dropout, pooling=self.config.pooling)
-        return pretrained_encoder(self.config.encoder, self.config.pooling)
+        encoder = pretrained_encoder(self.config.encoder, self.config.pooling)
+        check_length(self.config.max_length, longest_input(encoder.transformer), self.config.encoder)
+        return encoder
 
     def train_batches(self) -> ShuffledBatches:
-        """Batches of ``input_ids``, ``attention_mask`` (B, L) and ``index`` (B,), of similar length."""
+        """Batches of ``input_ids``, ``attention_mask`` (B, L) and ``index`` (B,), of similar length.
+
+        Labelled data come with ``label`` (B,), for the methods that learn from labels; the others leave it alone.
+        """
         lengths, size = self.tokens.lengths[self.train_rows], self.config.batch_size
         return ShuffledBatches(
             len(self.train_rows),
@@ -118,28 +134,28 @@ class TextDomain:
 
     def _load(self, indices: Tensor) -> dict[str, Tensor]:
         rows = self.train_rows[indices]
-        return {**self.tokens.batch(rows), "index": rows}
+        batch = {**self.tokens.batch(rows), "index": rows}
+        if self.source.labels is not None:
+            batch["label"] = self.source.labels[rows]
+        return batch
 
     def evaluate(self, encoder: nn.Module | None) -> dict[str, float]:
         """Scores on the validation part, with the training part as gallery; TF-IDF for None.
 
         With labels: ``precision_at_1`` and ``mean_average_precision`` of retrieving sentences of the same class
         by cosine, and ``linear_probe_accuracy``. Without: ``uniformity`` and ``effective_rank`` of up to 2,048
-        sentences. At most 10,000 training sentences are used.
+        sentences. At most 10,000 sentences of each part are used, drawn once for all encoders: TF-IDF takes
+        memory of 10,000 numbers a sentence.
         """
         features = self._features_of(encoder)
         labels = self.source.labels
-        few = torch.randperm(len(self.train_rows), generator=torch.Generator().manual_seed(0))
-        gallery = self.train_rows[few[:EVALUATION_ROWS]]
+        gallery = _at_most(EVALUATION_ROWS, self.train_rows)
         if labels is None or len(labels.unique()) < 2 or len(self.validation_rows) == 0:
-            sample = features(gallery[:2048])
-            return {"uniformity": uniformity(sample), "effective_rank": effective_rank(sample)}
-        train = features(gallery)
-        test = features(self.validation_rows)
-        scores = retrieval_scores(test, labels[self.validation_rows], train, labels[gallery])
-        scores["linear_probe_accuracy"] = linear_probe_accuracy(
-            train, labels[gallery], test, labels[self.validation_rows]
-        )
+            return unlabelled_scores(features(gallery[:UNLABELLED_ROWS]))
+        queries = _at_most(EVALUATION_ROWS, self.validation_rows)
+        train, test = features(gallery), features(queries)
+        scores = retrieval_scores(test, labels[queries], train, labels[gallery])
+        scores["linear_probe_accuracy"] = linear_probe_accuracy(train, labels[gallery], test, labels[queries])
         return scores
 
     def embed(self, encoder: nn.Module | None, everything: bool = False) -> Embeddings:
@@ -157,15 +173,13 @@ class TextDomain:
 
     def save(self, folder: Path) -> None:
         """Keep the tokenizer."""
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
 
     def _features_of(self, encoder: nn.Module | None) -> Callable[[Tensor], Tensor]:
         """A function from row numbers to features."""
         if encoder is not None:
             return partial(self._encoded, encoder)
-        words = TfidfVectorizer(sublinear_tf=True, max_features=RAW_WORDS)
-        words.fit([self.source.texts[row] for row in self.train_rows.tolist()])
-        return partial(self._counted, words)
+        return partial(self._counted, _tf_idf([self.source.texts[row] for row in self.train_rows.tolist()]))
 
     def _encoded(self, encoder: nn.Module, rows: Tensor) -> Tensor:
         # Longest first: batches of like lengths need little padding. The order is put back afterwards.
@@ -175,4 +189,18 @@ class TextDomain:
 
     def _counted(self, words: TfidfVectorizer, rows: Tensor) -> Tensor:
         counted = words.transform([self.source.texts[row] for row in rows.tolist()])
-        return torch.from_numpy(counted.toarray()).float()
+        return torch.from_numpy(counted.astype(np.float32).toarray())
+
+
+def _at_most(count: int, rows: Tensor) -> Tensor:
+    """So many of the rows, drawn at random but always the same."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]]
+
+
+def _tf_idf(texts: list[str]) -> TfidfVectorizer:
+    """Weights of words as learned from these texts; of characters where no text has a word of two letters."""
+    words = TfidfVectorizer(sublinear_tf=True, max_features=RAW_WORDS)
+    find_words = words.build_analyzer()
+    if not any(find_words(text) for text in texts):
+        words = TfidfVectorizer(sublinear_tf=True, max_features=RAW_WORDS, analyzer="char")
+    return words.fit(texts)

@@ -130,6 +130,48 @@ def pretrained_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer that a run has saved.
+
+    Raises:
+        UserError: the folder is not there, or holds no tokenizer.
+    """
+    if not folder.is_dir():
+        # Without a folder of that name, the library would take its path for a model's name on the hub.
+        raise UserError(
+            f"The run's tokenizer is missing: there is no folder {folder}. Its encoder is of no use without it; "
+            "bring the folder back, or train again with --overwrite."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The run's tokenizer in {folder} can't be read: {str(error).splitlines()[0]}") from error
+
+
+def longest_input(transformer: nn.Module) -> int | None:
+    """How many tokens a Hugging Face encoder has positions for; None where its configuration sets no limit."""
+    positions = getattr(transformer.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    for name, module in transformer.named_modules():
+        # RoBERTa and its kin count positions from behind the padding's, so the first few are never used.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - int(module.padding_idx) - 1  # type: ignore[arg-type]
+    return positions
+
+
+def check_length(length: int, limit: int | None, name: str) -> None:
+    """Refuse sentences that an encoder has no positions for, before one comes along in the middle of a training.
+
+    Raises:
+        UserError: ``length`` is above ``limit``.
+    """
+    if limit is not None and length > limit:
+        raise UserError(
+            f"--max-length = {length}, but {name} takes at most {limit} tokens; set it to {limit} or less."
+        )
+
+
 def pretrained_encoder(name: str, pooling: Pooling) -> TextEncoder:
     """A Hugging Face encoder with its weights, by hub name or folder.
 

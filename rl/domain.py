@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +10,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from contrastive_mm.batches import ShuffledBatches
 from contrastive_mm.domain import Embeddings
 from contrastive_mm.errors import UserError
-from contrastive_mm.evaluation import effective_rank, extract_features, ridge_r2, uniformity
+from contrastive_mm.evaluation import extract_features, ridge_r2, unlabelled_scores
 from contrastive_mm.rl.crops import RandomCrops, centre_crop
 from contrastive_mm.rl.encoders import PixelEncoder
 from contrastive_mm.rl.frames import FrameStore, find_frames
 
 EVALUATION_BATCH = 256
 RAW_SIDE = 32
+UNLABELLED_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class ObservationConfig:
     batch_size: int = 128
     """Observations a step; each has batch_size - 1 negatives."""
     validation_share: float = 0.25
-    """Last part of the frames that is held back from training, for `evaluate`."""
+    """Last part of the frames that is held back from training, for `evaluate`; where an episode crosses into it,
+    observations with a training frame in their stack are left out."""
     data_seed: int = 0
     """Of the environment and its random policy. It is not the run's seed: runs compare on the same frames."""
 
@@ -66,11 +70,17 @@ class ObservationDomain:
     def __init__(self, config: ObservationConfig, seed: int, saved: Path | None = None) -> None:
         self.config = config
         self.seed = seed
+        self._said_still = False
         self.store = find_frames(config.data, config.frames, config.frame_size, config.data_seed)
-        kept = len(self.store) - round(config.validation_share * len(self.store))
-        self.train_rows = torch.arange(kept)
-        self.validation_rows = torch.arange(kept, len(self.store))
+        self.train_rows, self.validation_rows = self._split()
         self.make_views = RandomCrops(config.crop_size, seed)
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        count = len(self.store)
+        kept = count - round(self.config.validation_share * count)
+        later = torch.arange(kept, count)
+        # No validation observation holds a frame that was trained on: the first stacks after the cut would.
+        return torch.arange(kept), later[self.store.oldest(later, self.config.frame_stack) >= kept]
 
     def build_encoder(self) -> nn.Module:
         """A convolutional encoder with random weights."""
@@ -78,7 +88,13 @@ class ObservationDomain:
         return PixelEncoder(channels, self.config.crop_size, self.config.feature_dim)
 
     def train_batches(self) -> ShuffledBatches:
-        """Batches of ``observation`` (B, C, H, W) uint8 and ``index`` (B,)."""
+        """Batches of ``observation`` (B, C, H, W) uint8 and ``index`` (B,).
+
+        Raises:
+            UserError: nothing is left to validate on, which would come out only after training.
+        """
+        if len(self.validation_rows) < 2:
+            raise self._too_few()
         return ShuffledBatches(len(self.train_rows), self.config.batch_size, self._load, self.seed)
 
     def _load(self, indices: Tensor) -> dict[str, Tensor]:
@@ -89,21 +105,48 @@ class ObservationDomain:
         """Scores on the validation part; raw pixels (at most 32x32, all stacked frames) for None.
 
         With states: ``r2_<name>``, the share of each state variable's variance that a ridge regression from
-        200 frames' frozen features explains (mean of 10 draws).
-        Without: ``uniformity`` and ``effective_rank`` of up to 2,048 observations.
+        200 frames' frozen features explains (mean of 10 draws). A state that never varies in the validation part
+        is left out, and named once. Without states, or where none varies: ``uniformity`` and ``effective_rank``
+        of up to 2,048 training observations.
+
+        Raises:
+            UserError: there are states, but fewer than two frames to learn from or to validate on.
         """
         states, names = self.store.states, self.store.state_names
         if states is None or names is None:
-            features = self._features(encoder, self.train_rows[:2048])
-            return {"uniformity": uniformity(features), "effective_rank": effective_rank(features)}
-        train = self._features(encoder, self.train_rows)
-        test = self._features(encoder, self.validation_rows)
-        scores = ridge_r2(train, states[self.train_rows], test, states[self.validation_rows])
-        return {f"r2_{name}": score for name, score in zip(names, scores, strict=True)}
+            return unlabelled_scores(self._features(encoder, self.train_rows[:UNLABELLED_ROWS]))
+        if min(len(self.train_rows), len(self.validation_rows)) < 2:
+            raise self._too_few()
+        scored = self._scored_states(states, names)
+        if len(scored) == 0:
+            return unlabelled_scores(self._features(encoder, self.train_rows[:UNLABELLED_ROWS]))
+        train, test = (self._features(encoder, rows) for rows in (self.train_rows, self.validation_rows))
+        train_states, test_states = (states[rows][:, scored] for rows in (self.train_rows, self.validation_rows))
+        scores = ridge_r2(train, train_states, test, test_states)
+        return {f"r2_{names[column]}": score for column, score in zip(scored, scores, strict=True)}
+
+    def _scored_states(self, states: Tensor, names: list[str]) -> list[int]:
+        """Columns that vary in the validation part: R squared is a share of variance."""
+        values = states[self.validation_rows]
+        varies = (values.amax(0) > values.amin(0)).tolist()
+        still = [name for name, moves in zip(names, varies, strict=True) if not moves]
+        if still and not self._said_still:
+            tqdm.write(f"No score for {', '.join(still)}: never varies in the validation part.", file=sys.stderr)
+            self._said_still = True
+        return [column for column, moves in enumerate(varies) if moves]
+
+    def _too_few(self) -> UserError:
+        return UserError(
+            f"--validation-share = {self.config.validation_share} of {len(self.store)} frames leaves "
+            f"{len(self.train_rows)} observations to train on and {len(self.validation_rows)} to validate on, of "
+            "--frame-stack frames each that were not trained on; at least 2 of each are needed. Change the share, "
+            "or give more frames."
+        )
 
     def embed(self, encoder: nn.Module | None, everything: bool = False) -> Embeddings:
-        """Embed the validation part, or everything; raw pixels for None."""
-        rows = torch.arange(len(self.store)) if everything else self.validation_rows
+        """Embed the validation part (all frames where nothing is held back), or everything; raw pixels for None."""
+        held_back = len(self.validation_rows) > 0 and not everything
+        rows = self.validation_rows if held_back else torch.arange(len(self.store))
         return Embeddings(
             features=self._features(encoder, rows),
             ids=[f"frame {row}" for row in rows.tolist()],
@@ -141,4 +184,6 @@ class _Pictures(Sequence[Any]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.store.frames[self.rows[index]].permute(1, 2, 0).numpy()
+        frame = self.store.frames[self.rows[index]]
+        colours = frame[:3] if len(frame) >= 3 else frame[:1].expand(3, -1, -1)
+        return colours.permute(1, 2, 0).numpy()

@@ -16,6 +16,7 @@ from contrastive_mm.evaluation import (
     ridge_r2,
     split_rows,
     uniformity,
+    unlabelled_scores,
 )
 
 
@@ -119,3 +120,87 @@ def test_extraction_switches_dropout_off_and_back_on():
     assert features.shape == (7, 4)
     torch.testing.assert_close(features, encoder[0](torch.cat(batches)).detach())
     assert encoder.training
+
+
+def ridge_of_one_feature(features, targets, penalty):
+    mean_x, mean_y = sum(features) / len(features), sum(targets) / len(targets)
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in zip(features, targets, strict=True))
+    slope = covariance / (sum((x - mean_x) ** 2 for x in features) + penalty)
+    return lambda x: mean_y + slope * (x - mean_x)
+
+
+def test_ridge_equals_the_loop_whatever_the_scale_of_the_targets(generator):
+    features = torch.randn(60, 1, generator=generator)
+    targets = features + 0.5 * torch.randn(60, 1, generator=generator)
+    scale = float((features[:40] - features[:40].mean()).square().mean().sqrt())
+    x, y = (features[:, 0].double() / scale).tolist(), targets[:, 0].double().tolist()
+
+    def left_out_loss(penalty):
+        others = [[*range(row), *range(row + 1, 40)] for row in range(40)]
+        fits = [ridge_of_one_feature([x[i] for i in rows], [y[i] for i in rows], penalty) for rows in others]
+        return sum((fits[row](x[row]) - y[row]) ** 2 for row in range(40))
+
+    # All 40 rows are drawn each time, so every draw fits the same model.
+    fitted = ridge_of_one_feature(x[:40], y[:40], min((10.0**power for power in range(-3, 5)), key=left_out_loss))
+    mean = sum(y[40:]) / 20
+    residual = sum((y[row] - fitted(x[row])) ** 2 for row in range(40, 60))
+    expected = 1 - residual / sum((value - mean) ** 2 for value in y[40:])
+    assert 0.3 < expected < 0.95
+    for factor in (1.0, 1e-9, 1e9):
+        (score,) = ridge_r2(features[:40], factor * targets[:40], features[40:], factor * targets[40:])
+        assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_target_that_never_varies_has_no_score():
+    features, target = torch.randn(40, 3), torch.randn(40, 1)
+    both = torch.cat([torch.full((40, 1), 0.1), target], dim=1)
+    constant, varied = ridge_r2(features[:30], both[:30], features[30:], both[30:])
+    assert math.isnan(constant)
+    assert math.isfinite(varied)
+    starts = torch.cat([torch.zeros(30, 1), torch.randn(10, 1)])
+    (unlearnable,) = ridge_r2(features[:30], starts[:30], features[30:], starts[30:])
+    assert -1 < unlearnable <= 0, "constant in training, varied in the test: no better than the mean"
+
+
+@pytest.mark.parametrize(("train", "test"), [(0, 5), (1, 5), (5, 0), (5, 1)])
+def test_ridge_names_too_few_rows(train, test):
+    few = "training" if train < 2 else "test"
+    with pytest.raises(UserError, match=rf"at least 2 {few} rows, but there are {min(train, test)}"):
+        ridge_r2(torch.randn(train, 3), torch.randn(train, 1), torch.randn(test, 3), torch.randn(test, 1))
+
+
+def test_ridge_takes_two_rows():
+    (score,) = ridge_r2(torch.randn(2, 3), torch.randn(2, 1), torch.randn(2, 3), torch.randn(2, 1))
+    assert math.isfinite(score)
+    with pytest.raises(UserError, match="at least 2 labelled rows, but there are 1"):
+        ridge_r2(torch.randn(5, 3), torch.randn(5, 1), torch.randn(5, 3), torch.randn(5, 1), labelled=1)
+
+
+@pytest.mark.parametrize(("classes", "test"), [(0, 3), (1, 3), (2, 0)])
+def test_probes_name_too_few_classes_and_rows(classes, test):
+    train, labels = torch.randn(3 * classes, 2), torch.arange(classes).repeat(3)
+    rows, row_labels = torch.randn(test, 2), torch.zeros(test).long()
+    message = rf"{3 * classes} training rows of {classes} classes and {test} test rows"
+    with pytest.raises(UserError, match=message):
+        linear_probe_accuracy(train, labels, rows, row_labels)
+    with pytest.raises(UserError, match=message):
+        few_label_accuracy(train, labels, rows, row_labels, 1)
+    if classes == 0 or test == 0:
+        with pytest.raises(UserError, match=f"there are {3 * classes} and {test}"):
+            knn_accuracy(train, labels, rows, row_labels)
+
+
+def test_retrieval_without_a_known_class_is_named():
+    with pytest.raises(UserError, match="Not one of the 3 queries has a label"):
+        retrieval_scores(torch.randn(3, 2), torch.tensor([5, 6, 7]), torch.randn(4, 2), torch.tensor([0, 1, 2, 3]))
+
+
+def test_the_spread_of_one_sample_is_not_scored():
+    features = torch.randn(5, 3)
+    assert unlabelled_scores(features) == {
+        "uniformity": uniformity(features),
+        "effective_rank": effective_rank(features),
+    }
+    for few in (features[:1], features[:0]):
+        with pytest.raises(UserError, match=f"{len(few)} samples have no spread"):
+            unlabelled_scores(few)

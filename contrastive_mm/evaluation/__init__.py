@@ -5,6 +5,7 @@ from contrastive_mm.evaluation.knn import knn_accuracy
 from contrastive_mm.evaluation.probes import few_label_accuracy, linear_probe_accuracy, ridge_r2
 from contrastive_mm.evaluation.retrieval import retrieval_scores
 from contrastive_mm.evaluation.splits import split_rows
+from contrastive_mm.evaluation.unlabelled import unlabelled_scores
 from contrastive_mm.geometry import alignment, effective_rank, uniformity
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "ridge_r2",
     "split_rows",
     "uniformity",
+    "unlabelled_scores",
 ]

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from contrastive_mm.errors import UserError
+
 CHUNK_ROWS = 1024
 
 
@@ -30,7 +32,15 @@ def knn_accuracy(
 
     Returns:
         Share of test rows classified rightly, 0 to 1.
+
+    Raises:
+        UserError: there are no training or no test rows.
     """
+    if len(train_features) == 0 or len(test_features) == 0:
+        raise UserError(
+            f"Nearest neighbours need training and test rows, but there are {len(train_features)} and "
+            f"{len(test_features)}."
+        )
     classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
     bank = F.normalize(train_features, dim=1)
     k = min(neighbours, len(bank))

@@ -25,13 +25,27 @@ def _fit_logistic(features: NDArray[Any], labels: NDArray[Any]) -> LogisticRegre
         return LogisticRegression(C=1.0, max_iter=300, tol=1e-3).fit(features, labels)
 
 
+def _check_classes(train_labels: Int[Tensor, " train"], test_labels: Int[Tensor, " test"]) -> None:
+    classes = len(train_labels.unique())
+    if classes < 2 or len(test_labels) == 0:
+        raise UserError(
+            f"A linear probe needs training rows of at least 2 classes and a test row, but there are "
+            f"{len(train_labels)} training rows of {classes} classes and {len(test_labels)} test rows."
+        )
+
+
 def linear_probe_accuracy(
     train_features: Float[Tensor, "train dim"],
     train_labels: Int[Tensor, " train"],
     test_features: Float[Tensor, "test dim"],
     test_labels: Int[Tensor, " test"],
 ) -> float:
-    """Accuracy of a logistic regression (standardised features, C = 1) trained on frozen features, 0 to 1."""
+    """Accuracy of a logistic regression (standardised features, C = 1) trained on frozen features, 0 to 1.
+
+    Raises:
+        UserError: the training rows are not of two classes at least, or there are no test rows.
+    """
+    _check_classes(train_labels, test_labels)
     scaler = StandardScaler().fit(train_features.numpy())
     model = _fit_logistic(scaler.transform(train_features.numpy()), train_labels.numpy())
     return float(model.score(scaler.transform(test_features.numpy()), test_labels.numpy()))
@@ -61,8 +75,10 @@ def few_label_accuracy(
         Mean share of test rows classified rightly, 0 to 1.
 
     Raises:
-        UserError: a class has fewer than ``per_class`` samples.
+        UserError: a class has fewer than ``per_class`` samples, the training rows are not of two classes at least,
+            or there are no test rows.
     """
+    _check_classes(train_labels, test_labels)
     generator = torch.Generator().manual_seed(seed)
     members = [torch.nonzero(train_labels == label).flatten() for label in train_labels.unique()]
     smallest = min(len(rows) for rows in members)
@@ -101,23 +117,36 @@ def ridge_r2(
         seed: of the draws; the same seed draws the same rows for every encoder, so encoders are paired.
 
     Returns:
-        One R squared a target, the mean over draws: 1 is perfect, 0 no better than the mean, below 0 worse.
+        One R squared a target, the mean over draws: 1 is perfect, 0 no better than the mean, below 0 worse. NaN for
+        a target that never varies in the test rows: it has no variance to explain.
+
+    Raises:
+        UserError: fewer than two training or two test rows, or ``labelled`` below 2.
     """
+    for name, rows in (("training", len(train_features)), ("test", len(test_features)), ("labelled", labelled)):
+        if rows < 2:
+            raise UserError(f"R squared needs at least 2 {name} rows, but there are {rows}.")
     generator = torch.Generator().manual_seed(seed)
     # One scale for all dimensions: scaling each by itself would blow up pixels that hardly ever change.
     centre = train_features.mean(0)
     scale = (train_features - centre).square().mean().sqrt().clamp_min(1e-12)
-    mean, deviation = train_targets.mean(0), train_targets.std(0).clamp_min(1e-12)
+    train, test = ((features - centre) / scale for features in (train_features, test_features))
+    known, true = _standardised(train_targets, test_targets)
+    total = (true - true.mean(0)).square().sum(0)
+    total[test_targets.amax(0) == test_targets.amin(0)] = torch.nan
     scores = []
     for _ in range(draws):
-        drawn = torch.randperm(len(train_features), generator=generator)[:labelled]
-        model = RidgeCV(alphas=np.logspace(-3, 4, 8))
-        model.fit(
-            ((train_features[drawn] - centre) / scale).numpy(),
-            ((train_targets[drawn] - mean) / deviation).numpy(),
-        )
-        predicted = torch.from_numpy(model.predict(((test_features - centre) / scale).numpy()))
-        predicted = predicted.reshape(test_targets.shape).float() * deviation + mean
-        residual = ((test_targets - predicted) ** 2).sum(0)
-        scores.append(1 - residual / ((test_targets - test_targets.mean(0)) ** 2).sum(0).clamp_min(1e-12))
+        drawn = torch.randperm(len(train), generator=generator)[:labelled]
+        model = RidgeCV(alphas=np.logspace(-3, 4, 8)).fit(train[drawn].numpy(), known[drawn].float().numpy())
+        predicted = torch.from_numpy(model.predict(test.numpy())).reshape(true.shape).double()
+        scores.append(1 - (true - predicted).square().sum(0) / total)
     return [float(value) for value in torch.stack(scores).mean(0)]
+
+
+def _standardised(
+    train: Float[Tensor, "train targets"], test: Float[Tensor, "test targets"]
+) -> tuple[Float[Tensor, "train targets"], Float[Tensor, "test targets"]]:
+    """Both in the training part's standard deviations from its mean, in float64: small targets count like large."""
+    mean, deviation = train.double().mean(0), train.double().std(0)
+    deviation[train.amax(0) == train.amin(0)] = 1.0
+    return (train.double() - mean) / deviation, (test.double() - mean) / deviation

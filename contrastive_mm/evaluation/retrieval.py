@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from contrastive_mm.errors import UserError
+
 CHUNK_ROWS = 1024
 
 
@@ -29,9 +31,17 @@ def retrieval_scores(
     Returns:
         ``precision_at_1`` (share of queries whose nearest row has their label) and ``mean_average_precision``
         (mean over queries of the area under precision and recall), both 0 to 1.
+
+    Raises:
+        UserError: no query has a label that the gallery has, so there is nothing to find.
     """
     gallery = F.normalize(gallery_features, dim=1)
     known = torch.isin(query_labels, gallery_labels)
+    if not known.any():
+        raise UserError(
+            f"Not one of the {len(query_labels)} queries has a label that occurs among the {len(gallery_labels)} "
+            "gallery rows; retrieval needs classes that both have."
+        )
     queries, labels = query_features[known], query_labels[known]
     first, average = 0.0, 0.0
     ranks = torch.arange(1, len(gallery) + 1)
