@@ -151,12 +151,22 @@ def test_ridge_equals_the_loop_whatever_the_scale_of_the_targets(generator):
         assert score == pytest.approx(expected, abs=1e-4)
 
 
+def test_no_target_outweighs_the_others_by_its_unit():
+    features = torch.randn(60, 8)
+    targets = torch.stack([features[:, 0], torch.randn(60)], dim=1)
+    scaled = targets * torch.tensor([1.0, 1e4])
+    expected = ridge_r2(features[:30], targets[:30], features[30:], targets[30:])
+    assert ridge_r2(features[:30], scaled[:30], features[30:], scaled[30:]) == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_target_that_never_varies_has_no_score():
     features, target = torch.randn(40, 3), torch.randn(40, 1)
     both = torch.cat([torch.full((40, 1), 0.1), target], dim=1)
     constant, varied = ridge_r2(features[:30], both[:30], features[30:], both[30:])
     assert math.isnan(constant)
     assert math.isfinite(varied)
+    ends = torch.cat([torch.randn(30, 1), torch.full((10, 1), 0.1)])
+    assert math.isnan(ridge_r2(features[:30], ends[:30], features[30:], ends[30:])[0])
     starts = torch.cat([torch.zeros(30, 1), torch.randn(10, 1)])
     (unlearnable,) = ridge_r2(features[:30], starts[:30], features[30:], starts[30:])
     assert -1 < unlearnable <= 0, "constant in training, varied in the test: no better than the mean"

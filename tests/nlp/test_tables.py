@@ -78,10 +78,19 @@ def test_bytes_are_counted_from_the_first_of_the_file(tmp_path):
 
 
 def test_a_field_may_be_long_and_csv_keeps_its_limit_elsewhere(tmp_path):
-    limit = csv.field_size_limit()
     text = "word " * 40_000
-    assert read(tmp_path, "a.csv", f"text\n{text}\n").texts == [text.strip()]
-    assert csv.field_size_limit() == limit
+    before = csv.field_size_limit(1000)
+    try:
+        assert read(tmp_path, "a.csv", f"text\n{text}\n").texts == [text.strip()]
+        with pytest.raises(UserError):
+            read(tmp_path, "b.csv", 'text\n"open')
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(before)
+
+
+def test_rows_may_end_as_old_macintoshes_end_them(tmp_path):
+    assert read(tmp_path, "a.csv", "text,label\rone,1\rtwo,2\r").texts == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["a.CSV", "a.Tsv", "a.JSONL", "a.PARQUET"])
