@@ -56,7 +56,13 @@ FLAGS = {
     ("simsiam", "rl"): [*CAREFUL, "--steps=100"],
     ("simsiam", "vision"): [*CAREFUL, "--batch-size=64", "--steps=320"],
     ("swav", "rl"): [*FEW_CLUSTERS, "--freeze-prototypes-steps=10", "--steps=50"],
-    ("swav", "vision"): [*FEW_CLUSTERS, "--freeze-prototypes-steps=20", "--batch-size=64", "--steps=320"],
+    ("swav", "vision"): [
+        *FEW_CLUSTERS,
+        "--freeze-prototypes-steps=20",
+        "--batch-size=64",
+        "--learning-rate=1e-3",
+        "--steps=200",
+    ],
     ("vicreg", "nlp"): ["--projection-layers=0", "--covariance=10", "--steps=40"],
     ("vicreg", "rl"): ["--steps=50"],
 }
