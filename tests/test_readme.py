@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,3 +39,23 @@ def test_figures_in_the_readme_are_in_the_raw_results():
         row = re.search(pattern, README, re.MULTILINE).group(0)
         for representation in ("untrained encoder", "raw input", "trained encoder"):
             assert f"{100 * scores[representation]['knn_accuracy']:.1f}" in row
+
+
+def test_loss_ratios_in_the_readme_are_those_of_the_raw_results():
+    import json
+
+    cells = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_text())["cells"]
+    shown = {
+        int(row[0].replace(",", "")): row[1] for row in re.findall(r"^\| ([\d,]+) \| (\d.*)$", README, re.MULTILINE)
+    }
+    for cell in cells:
+        if not cell["group"].startswith("NT-Xent") or cell["samples"] not in shown:
+            continue
+        own = cell["median"]["contrastive_mm"], cell["peak_mib"]["contrastive_mm"]
+        columns = [column.strip() for column in shown[cell["samples"]].split("|")][1:4]
+        for name, column in zip(("plain", "plain, compiled", "lightly"), columns, strict=True):
+            if column:
+                time, memory = (float(part) for part in re.findall(r"([\d.]+)x", column))
+                assert cell["median"][name] / own[0] == pytest.approx(time, rel=0.02)
+                assert cell["peak_mib"][name] / own[1] == pytest.approx(memory, rel=0.05)
+    assert set(shown) == {2048, 8192, 32768}
