@@ -75,7 +75,12 @@ def untrained_scores(domain_name, options):
     return domain.evaluate(untrained_encoder(domain, 0))
 
 
-MARGINS = {("barlow-twins", "nlp"): 0.002, ("curl", "nlp"): 0.002, ("simsiam", "vision"): 0.015}
+MARGINS = {
+    ("barlow-twins", "nlp"): 0.002,
+    ("curl", "nlp"): 0.002,
+    ("simcse", "rl"): 0.01,
+    ("simsiam", "vision"): 0.015,
+}
 
 # Dropout alone makes the views of a text, and what raises its retrieval is that negatives, or decorrelation, spread
 # the sentences apart. Some methods have neither; in others a deep head, a predictor or a bank of one slot a sample
