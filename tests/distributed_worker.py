@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import join, leave
 from torch import nn
 
 from contrastive_mm.losses import LearnableTemperature, dcl, info_nce, nt_xent, sigmoid_loss, supcon, use_form
@@ -53,7 +54,7 @@ def main():
     torch.set_num_threads(1)
     everything = torch.arange(len(LABELS))
     expected = {case: gradients(case, everything) for case in CASES}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    join(folder, rank, size)
     ratios = {}
     for case in CASES:
         # Unequal parts; of one process's share the last rows are more than the first's.
@@ -69,7 +70,7 @@ def main():
         ]
     if rank == 0:
         (folder / "ratios.json").write_text(json.dumps(ratios))
-    dist.destroy_process_group()
+    leave()
 
 
 def counts_weight(case, edges, rank):

@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from processes import run_processes
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.barlow import barlow_twins
@@ -348,8 +348,7 @@ def loss_and_gradients(objective, rows):
     return loss.detach(), [parameter.grad for parameter in encoder.parameters()]
 
 
-def run_process(rank, store, folder):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(rank):
     results = {}
     for (name, split), objective in itertools.product(SPLITS.items(), OBJECTIVES):
         start = sum(split[:rank])
@@ -360,15 +359,12 @@ def run_process(rank, store, folder):
         results[f"{objective.__name__} {name}"] = (loss, gradients)
     scores = features(ROWS, 3)
     results["codes"] = sinkhorn(scores[:7] if rank == 0 else scores[7:], 0.01)
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(run_process, (str(folder / "store"), folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_processes(work, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("split", SPLITS)

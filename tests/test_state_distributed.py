@@ -1,12 +1,9 @@
 """Banks and momentum encoders in two processes: the same on both, and the same as in one process."""
 
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from conftest import LinearEncoder
+from processes import run_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from contrastive_mm.distributed import gather_rows, process_index
@@ -60,13 +57,9 @@ def train_moco(rank):
     return method.state_dict()
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def work(rank):
     bank = InstanceBank(1000, 4)
-    result = {
+    return {
         "rank": process_index(),
         **written_banks(batches(rank)),
         "gathered": [gather_rows(features) for features, _ in batches(rank)],
@@ -76,17 +69,11 @@ def work(rank, folder):
         "after drawing": bank.state_dict(),
         "moco": train_moco(rank),
     }
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return run_processes(work, tmp_path_factory.mktemp("ranks"))
 
 
 def together():
