@@ -128,11 +128,11 @@ def test_small_inputs_can_be_differentiated_twice_and_the_tiled_form_says_that_i
 
 def test_the_form_is_chosen_by_size_and_put_back():
     x = random(40, 3, dtype=torch.float32).requires_grad_()
-    assert "SelfLogsumexp" not in repr(self_logsumexp(x).grad_fn), "small: plain"
+    assert "self_logsumexp" not in repr(self_logsumexp(x).grad_fn), "small: plain"
     with use_form("tiled"):
-        assert "SelfLogsumexp" in repr(self_logsumexp(x).grad_fn)
+        assert "self_logsumexp" in repr(self_logsumexp(x).grad_fn)
     big = random(300, 3, dtype=torch.float32).requires_grad_()
-    assert "SelfLogsumexp" in repr(self_logsumexp(big).grad_fn)
+    assert "self_logsumexp" in repr(self_logsumexp(big).grad_fn)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -141,6 +141,8 @@ def test_operators_keep_their_contract_with_the_compiler():
 
     x = random(20, 4, dtype=torch.float32).requires_grad_()
     y = random(9, 4, dtype=torch.float32, seed=1).requires_grad_()
-    torch.library.opcheck(operators.self_logsumexp, (x, 20, None))
-    torch.library.opcheck(operators.cross_logsumexp, (x, y, None, None, 0, 0, True, False))
-    torch.library.opcheck(operators.cross_logsumexp, (x, y.detach(), None, None, 9, 1, False, True))
+    torch.library.opcheck(operators.self_logsumexp.compiled, (x, 20, None, "tiled"))
+    torch.library.opcheck(operators.cross_logsumexp.compiled, (x, y, None, None, 0, 0, True, False, "tiled"))
+    torch.library.opcheck(operators.cross_logsumexp.compiled, (x, y.detach(), None, None, 9, 1, False, True, "tiled"))
+    scale = torch.tensor([5.0], requires_grad=True)
+    torch.library.opcheck(operators.views_logsumexp.compiled, (x, scale, True, 10, "tiled"))

@@ -6,8 +6,9 @@ prepared features (normalised, multiplied by 1/T) and compose: gradients of the 
 candidates (``torch.logaddexp``), weights and masks need no kernel of their own.
 
 Three forms give the same values. ``plain`` holds the matrix of dot products; it is the readable oracle, can be
-differentiated twice, and is taken where the matrix is no larger than one tile (``PLAIN_ELEMENTS``). ``tiled`` runs on
-any device. ``fused`` is a Triton kernel for NVIDIA GPUs. ``use_form`` chooses by hand.
+differentiated twice, and is taken where the matrix is no larger than one tile (``PLAIN_ELEMENTS``). ``fused`` is taken
+on NVIDIA GPUs for up to 256 dimensions: Triton kernels, tried on a small example first. ``tiled`` is taken for
+everything else, and runs on any device. ``use_form`` chooses by hand.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from contrastive_mm.errors import UserError
 from contrastive_mm.losses import operators
 from contrastive_mm.losses.exclusion import Exclusion
+from contrastive_mm.losses.similarity import widen
 
-Form = Literal["auto", "plain", "tiled"]
+Form = Literal["auto", "plain", "tiled", "fused"]
 
 PLAIN_ELEMENTS = 256 * 256
 """Up to this many dot products the plain form is as fast as a single tile."""
@@ -38,13 +42,23 @@ def use_form(form: Form) -> Iterator[None]:
     """Choose how log-sum-exps are computed inside a ``with`` block; the values are the same.
 
     Args:
-        form: ``auto``, ``plain`` (holds the matrix, can be differentiated twice) or ``tiled``.
+        form: ``auto``, ``plain`` (holds the matrix, can be differentiated twice), ``tiled`` or ``fused``.
+
+    Raises:
+        UserError: an unknown form; or, from a loss inside, ``fused`` without a GPU that it runs on.
     """
+    if form not in get_args(Form):
+        raise UserError(f"form = {form!r}; it must be one of {', '.join(get_args(Form))}.")
     token = _form.set(form)
     try:
         yield
     finally:
         _form.reset(token)
+
+
+def chosen_form() -> Form:
+    """The form that ``use_form`` has chosen."""
+    return _form.get()
 
 
 def is_plain(elements: int) -> bool:
@@ -70,10 +84,35 @@ def self_logsumexp(
     period = len(features) if period is None else period
     if is_plain(len(features) ** 2):
         return _plain(features, features, Exclusion(period, 0, ids, ids)).logsumexp(1)
-    if torch.compiler.is_compiling():
-        return operators.self_logsumexp(features, period, ids)
-    result: Tensor = operators.SelfLogsumexp.apply(features, period, ids)  # type: ignore[no-untyped-call]
+    result: Tensor = operators.self_logsumexp(features, period, ids, _form.get())
     return result
+
+
+def views_logsumexp(
+    features: Float[Tensor, "rows dim"],
+    scale: Float[Tensor, "1"],
+    normalize: bool = True,
+    period: int | None = None,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " pairs"]]:
+    """Both terms of NT-Xent, from features of any type as they are: nothing but their gradient is held beside them.
+
+    Args:
+        features: (2N, D) the first views of N samples, below them the second views in the same order.
+        scale: (1,) 1/T; float64 for float64 features, else float32. It receives its gradient.
+        normalize: compare by cosine; otherwise by dot product.
+        period: as in ``self_logsumexp``.
+
+    Returns:
+        ``self_logsumexp`` of the prepared rows (2N,), and the similarity over T of each sample's two views (N,).
+    """
+    period = len(features) if period is None else period
+    if is_plain(len(features) ** 2):
+        wide = widen(features)
+        prepared = (F.normalize(wide, dim=1) if normalize else wide) * scale.sqrt()
+        first, second = prepared.chunk(2)
+        return self_logsumexp(prepared, period), (first * second).sum(1)
+    logsumexp, positive, _ = operators.views_logsumexp(features, scale, normalize, period, _form.get())
+    return logsumexp, positive
 
 
 def cross_logsumexp(
@@ -127,8 +166,7 @@ def two_way_logsumexp(
 
 
 def _cross(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    apply = operators.cross_logsumexp if torch.compiler.is_compiling() else operators.CrossLogsumexp.apply
-    result: tuple[Tensor, Tensor, Tensor] = apply(*arguments)
+    result: tuple[Tensor, Tensor, Tensor] = operators.cross_logsumexp(*arguments, _form.get())
     return result
 
 

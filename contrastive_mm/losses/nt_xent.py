@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from contrastive_mm.distributed import Gathered, gather_with_gradient, process_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_pair
-from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp
+from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp, views_logsumexp
 from contrastive_mm.losses.similarity import (
     Similarity,
     Temperature,
@@ -58,8 +59,8 @@ def nt_xent(
     """
     with full_precision(first):
         views = _Views(first, second, temperature, similarity, gather)
-        candidates = views.logsumexp(spare_positives=False)
-        return views.mean(candidates - views.positive_similarity(positives))
+        candidates, positive = views.terms(spare_positives=False, positives=positives)
+        return views.mean(candidates - positive)
 
 
 def dcl(
@@ -95,12 +96,12 @@ def dcl(
         raise UserError(f"weight_concentration = {weight_concentration}; it must be above 0.")
     with full_precision(first):
         views = _Views(first, second, temperature, similarity, gather)
-        positive = views.positive_similarity(None)
+        candidates, positive = views.terms(spare_positives=True)
         if weight_concentration is not None:
             cosine = torch.cosine_similarity(first.detach().double(), second.detach().double(), dim=1)
             share = torch.softmax(cosine / weight_concentration, dim=0) * len(cosine)
             positive = (2 - share).to(positive).repeat(2) * positive
-        return views.mean(views.logsumexp(spare_positives=True) - positive)
+        return views.mean(candidates - positive)
 
 
 def hard_negative_nt_xent(
@@ -161,10 +162,12 @@ class _Views:
         check_temperature(temperature)
         if callable(similarity):
             raise UserError("NT-Xent compares all views alike, which a map of the queries doesn't; use info_nce.")
-        scale = scale_of(temperature, prepare_key(first[:1], "dot"))
-        root = scale.sqrt() if isinstance(scale, Tensor) else scale**0.5
+        self.similarity: Similarity = similarity
+        self.features = torch.cat([first, second])
+        like = prepare_key(first[:1], "dot")
+        scale = scale_of(temperature, like)
+        self.scale = scale.reshape(1) if isinstance(scale, Tensor) else like.new_full((1,), scale)
         self.count = len(first)
-        self.own = prepare_key(torch.cat([first, second]), similarity) * root
         self.gathered: tuple[Gathered, Gathered] | None = None
         if gather and process_count() > 1:
             self.gathered = (
@@ -174,8 +177,20 @@ class _Views:
         elif self.count < 2:
             raise UserError("NT-Xent needs at least 2 samples: `first` has 1, which leaves it without negatives.")
 
-    def logsumexp(self, spare_positives: bool) -> Tensor:
-        """(2n,) over all views but the row itself, or but all views of its sample."""
+    @functools.cached_property
+    def own(self) -> Tensor:
+        """(2n, D) this process's rows, prepared so that dot products are similarities over T."""
+        return prepare_key(self.features, self.similarity) * self.scale.sqrt()
+
+    def terms(self, spare_positives: bool, positives: Positives | None = None) -> tuple[Tensor, Tensor]:
+        """(2n,) log-sum-exps over all views but the row itself, or but all views of its sample; (2n,) similarities."""
+        if self.gathered is None and positives is None:
+            period = self.count if spare_positives else 2 * self.count
+            logsumexp, similarity = views_logsumexp(self.features, self.scale, self.similarity == "cosine", period)
+            return logsumexp, similarity.repeat(2)
+        return self._logsumexp(spare_positives), self.positive_similarity(positives)
+
+    def _logsumexp(self, spare_positives: bool) -> Tensor:
         if self.gathered is None:
             return self_logsumexp(self.own, self.count if spare_positives else None)
         first, second = self.gathered

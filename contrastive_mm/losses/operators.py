@@ -1,156 +1,82 @@
-"""The tiled log-sum-exps as differentiable operations: autograd functions, and operators for the compiler.
-
-torch.compile takes a custom operator as one node, without looking inside; outside of it the first custom operator that
-runs loads the whole compiler, which costs a second and 150 MiB. So each operation is both.
-"""
+"""The log-sum-exps as differentiable operations, computed by the tiled or the fused form."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.losses import tiled
+from contrastive_mm.losses import fused, tiled
 from contrastive_mm.losses.exclusion import Exclusion
+from contrastive_mm.losses.operation import Operation
 
 
-def refuse_second_derivative(ctx: Any, *gradients: Tensor) -> Any:
-    """The backward pass of a backward pass.
+def engine(form: str, features: Tensor) -> ModuleType:
+    """The module that computes: ``fused`` where asked for, or by itself on a GPU that it fits; else ``tiled``.
 
     Raises:
-        UserError: always; the message names the form that can.
+        UserError: ``fused`` is asked for and doesn't fit.
     """
-    raise UserError(
-        "This loss can't be differentiated twice in its tiled form; put `with losses.use_form('plain'):` around it."
-    )
+    if form == "fused":
+        if not fused.fits(features):
+            raise UserError(
+                f"The fused form takes float32, bfloat16 or float16 features of at most {fused.LARGEST_DIM} "
+                f"dimensions on an NVIDIA GPU of capability {fused.OLDEST_CAPABILITY[0]}.0 or newer, with Triton "
+                f"installed; these are {features.dtype} with D = {features.shape[1]} on {features.device}. "
+                "Leave the form to 'auto', or take 'tiled'."
+            )
+        return fused
+    if form == "auto" and features.is_cuda and fused.fits(features):
+        return fused if fused.is_trusted(features.device, features.dtype, features.shape[1]) else tiled
+    return tiled
 
 
-class SelfLogsumexp(torch.autograd.Function):
-    """(features, period, ids) -> (M,); see ``logsumexp.self_logsumexp``."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, period: int, ids: Tensor | None) -> Tensor:
-        """Half of the tiles."""
-        result = tiled.self_forward(features, Exclusion(period, 0, ids, ids))
-        _save_self(ctx, (features, period, ids), result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Half of the tiles again."""
-        features, logsumexp, ids = ctx.saved_tensors
-        result: Tensor = _SelfBackward.apply(features, logsumexp, gradient.contiguous(), ctx.period, ids)
-        return result, None, None
+def _self(features: Tensor, period: int, ids: Tensor | None, form: str) -> Tensor:
+    result: Tensor = engine(form, features).self_forward(features, Exclusion(period, 0, ids, ids))
+    return result
 
 
-class _SelfBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, logsumexp: Tensor, gradient: Tensor, period: int, ids: Any) -> Tensor:
-        return tiled.self_backward(features, logsumexp, gradient, Exclusion(period, 0, ids, ids))
-
-    backward = staticmethod(refuse_second_derivative)
-
-
-class CrossLogsumexp(torch.autograd.Function):
-    """See ``logsumexp.cross_logsumexp``; gives (N,), (K,) or empty, and the expected keys (N, D) or empty."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        query_ids: Tensor | None,
-        key_ids: Tensor | None,
-        period: int,
-        shift: int,
-        columns: bool,
-        expectation: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All tiles, once."""
-        exclusion = Exclusion(period, shift, query_ids, key_ids)
-        result = tiled.cross_forward(query, key, exclusion, columns, expectation)
-        _save_cross(ctx, (query, key, query_ids, key_ids, period, shift, columns, expectation), result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, by_rows: Tensor, by_columns: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """All tiles again, or none where the forward pass kept the expected keys."""
-        return _cross_gradients(ctx, by_rows, by_columns, _CrossBackward.apply)
-
-
-class _CrossBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        over_keys: Tensor,
-        keys_gradient: Tensor,
-        over_queries: Tensor | None,
-        queries_gradient: Tensor | None,
-        query_ids: Tensor | None,
-        key_ids: Tensor | None,
-        period: int,
-        shift: int,
-    ) -> tuple[Tensor, Tensor]:
-        exclusion = Exclusion(period, shift, query_ids, key_ids)
-        back = None if over_queries is None or queries_gradient is None else (over_queries, queries_gradient)
-        return tiled.cross_backward(query, key, (over_keys, keys_gradient), back, exclusion)
-
-    backward = staticmethod(refuse_second_derivative)
-
-
-def _save_self(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, ctx.period, ids = inputs
+def _self_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, ctx.period, ids, ctx.form = inputs
     ctx.save_for_backward(features, output, ids)
 
 
-def _save_cross(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, query_ids, key_ids, ctx.period, ctx.shift, ctx.columns, ctx.expectation = inputs
-    ctx.mark_non_differentiable(output[2])
-    if ctx.expectation:
-        ctx.save_for_backward(output[2])
-    else:
-        ctx.save_for_backward(query, key, output[0], output[1], query_ids, key_ids)
+def _self_derivative(ctx: Any, call: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    features, logsumexp, ids = ctx.saved_tensors
+    by_features = call(_self_backward, features, logsumexp, gradient.contiguous(), ctx.period, ids, ctx.form)
+    return by_features, None, None, None
 
 
-def _cross_gradients(ctx: Any, by_rows: Tensor, by_columns: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    if ctx.expectation:
-        (expected,) = ctx.saved_tensors
-        return by_rows[:, None] * expected, *[None] * 7
-    query, key, over_keys, over_queries, query_ids, key_ids = ctx.saved_tensors
-    back = (over_queries, by_columns.contiguous()) if ctx.columns else (None, None)
-    pairs = (query_ids, key_ids, ctx.period, ctx.shift)
-    gradients = backward(query, key, over_keys, by_rows.contiguous(), *back, *pairs)
-    return *gradients, *[None] * 6
+def _self_gradient(
+    features: Tensor, logsumexp: Tensor, gradient: Tensor, period: int, ids: Tensor | None, form: str
+) -> Tensor:
+    exclusion = Exclusion(period, 0, ids, ids)
+    result: Tensor = engine(form, features).self_backward(features, logsumexp, gradient, exclusion)
+    return result
 
 
-@torch.library.custom_op(
-    "contrastive_mm::self_logsumexp", mutates_args=(), schema="(Tensor features, int period, Tensor? ids) -> Tensor"
+_self_backward = Operation(
+    "self_logsumexp_backward",
+    "(Tensor features, Tensor logsumexp, Tensor gradient, int period, Tensor? ids, str form) -> Tensor",
+    _self_gradient,
+    lambda features, *rest: torch.empty_like(features, memory_format=torch.contiguous_format),
 )
-def self_logsumexp(features: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    """``SelfLogsumexp`` for the compiler."""
-    return tiled.self_forward(features, Exclusion(period, 0, ids, ids))
 
-
-@torch.library.custom_op(
-    "contrastive_mm::self_logsumexp_backward",
-    mutates_args=(),
-    schema="(Tensor features, Tensor logsumexp, Tensor gradient, int period, Tensor? ids) -> Tensor",
+self_logsumexp = Operation(
+    "self_logsumexp",
+    "(Tensor features, int period, Tensor? ids, str form) -> Tensor",
+    _self,
+    lambda features, period, ids, form: features.new_empty(features.shape[0]),
+    _self_save,
+    _self_derivative,
 )
-def _self_backward(features: Tensor, logsumexp: Tensor, gradient: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return tiled.self_backward(features, logsumexp, gradient, Exclusion(period, 0, ids, ids))
+"""(features, period, ids, form) -> (M,); see ``logsumexp.self_logsumexp``."""
 
 
-@torch.library.custom_op(
-    "contrastive_mm::cross_logsumexp",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor? query_ids, Tensor? key_ids, int period, int shift, bool columns, "
-    "bool expectation) -> (Tensor, Tensor, Tensor)",
-)
-def cross_logsumexp(
+def _cross(
     query: Tensor,
     key: Tensor,
     query_ids: Tensor | None,
@@ -159,18 +85,49 @@ def cross_logsumexp(
     shift: int,
     columns: bool,
     expectation: bool,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``CrossLogsumexp`` for the compiler."""
-    return tiled.cross_forward(query, key, Exclusion(period, shift, query_ids, key_ids), columns, expectation)
+    exclusion = Exclusion(period, shift, query_ids, key_ids)
+    result: tuple[Tensor, Tensor, Tensor] = engine(form, query).cross_forward(
+        query, key, exclusion, columns, expectation
+    )
+    return result
 
 
-@torch.library.custom_op(
-    "contrastive_mm::cross_logsumexp_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor over_keys, Tensor keys_gradient, Tensor? over_queries, "
-    "Tensor? queries_gradient, Tensor? query_ids, Tensor? key_ids, int period, int shift) -> (Tensor, Tensor)",
-)
-def _cross_backward(
+def _cross_allocate(
+    query: Tensor, key: Tensor, query_ids: Any, key_ids: Any, period: int, shift: int, columns: bool, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    expectation = rest[0]
+    return (
+        query.new_empty(query.shape[0]),
+        query.new_empty(key.shape[0] if columns else 0),
+        query.new_empty(query.shape[0] if expectation else 0, query.shape[1]),
+    )
+
+
+def _cross_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, query_ids, key_ids, ctx.period, ctx.shift, ctx.columns, ctx.expectation, ctx.form = inputs
+    ctx.mark_non_differentiable(output[2])
+    if ctx.expectation:
+        ctx.save_for_backward(output[2])
+    else:
+        ctx.save_for_backward(query, key, output[0], output[1], query_ids, key_ids)
+
+
+def _cross_derivative(
+    ctx: Any, call: Any, by_rows: Tensor, by_columns: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    if ctx.expectation:
+        (expected,) = ctx.saved_tensors
+        return by_rows[:, None] * expected, *[None] * 8
+    query, key, over_keys, over_queries, query_ids, key_ids = ctx.saved_tensors
+    back = (over_queries, by_columns.contiguous()) if ctx.columns else (None, None)
+    pairs = (query_ids, key_ids, ctx.period, ctx.shift, ctx.form)
+    gradients = call(_cross_backward, query, key, over_keys, by_rows.contiguous(), *back, *pairs)
+    return *gradients, *[None] * 7
+
+
+def _cross_gradient(
     query: Tensor,
     key: Tensor,
     over_keys: Tensor,
@@ -181,55 +138,94 @@ def _cross_backward(
     key_ids: Tensor | None,
     period: int,
     shift: int,
+    form: str,
 ) -> tuple[Tensor, Tensor]:
     exclusion = Exclusion(period, shift, query_ids, key_ids)
     back = None if over_queries is None or queries_gradient is None else (over_queries, queries_gradient)
-    return tiled.cross_backward(query, key, (over_keys, keys_gradient), back, exclusion)
-
-
-@self_logsumexp.register_fake
-def _(features: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return features.new_empty(features.shape[0])
-
-
-@_self_backward.register_fake
-def _(features: Tensor, logsumexp: Tensor, gradient: Tensor, period: int, ids: Tensor | None) -> Tensor:
-    return torch.empty_like(features)
-
-
-@cross_logsumexp.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    period: int,
-    shift: int,
-    columns: bool,
-    expectation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        query.new_empty(query.shape[0]),
-        query.new_empty(key.shape[0] if columns else 0),
-        query.new_empty(query.shape[0] if expectation else 0, query.shape[1]),
+    result: tuple[Tensor, Tensor] = engine(form, query).cross_backward(
+        query, key, (over_keys, keys_gradient), back, exclusion
     )
+    return result
 
 
-@_cross_backward.register_fake
-def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key)
+_cross_backward = Operation(
+    "cross_logsumexp_backward",
+    "(Tensor query, Tensor key, Tensor over_keys, Tensor keys_gradient, Tensor? over_queries, "
+    "Tensor? queries_gradient, Tensor? query_ids, Tensor? key_ids, int period, int shift, str form) "
+    "-> (Tensor, Tensor)",
+    _cross_gradient,
+    lambda query, key, *rest: (torch.empty_like(query), torch.empty_like(key)),
+)
+
+cross_logsumexp = Operation(
+    "cross_logsumexp",
+    "(Tensor query, Tensor key, Tensor? query_ids, Tensor? key_ids, int period, int shift, bool columns, "
+    "bool expectation, str form) -> (Tensor, Tensor, Tensor)",
+    _cross,
+    _cross_allocate,
+    _cross_save,
+    _cross_derivative,
+)
+"""See ``logsumexp.cross_logsumexp``; gives (N,), (K,) or empty, and the expected keys (N, D) or empty."""
 
 
-def _differentiate_self(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    features, logsumexp, ids = ctx.saved_tensors
-    return _self_backward(features, logsumexp, gradient.contiguous(), ctx.period, ids), None, None
+def _views(features: Tensor, scale: Tensor, normalize: bool, period: int, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = engine(form, features).views_forward(features, scale, normalize, period)
+    return result
 
 
-def _differentiate_cross(ctx: Any, by_rows: Tensor, by_columns: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return _cross_gradients(ctx, by_rows, by_columns, _cross_backward)
+def _views_allocate(
+    features: Tensor, scale: Tensor, normalize: bool, period: int, form: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = features.shape[0]
+    return scale.new_empty(rows), scale.new_empty(rows // 2), scale.new_empty(rows)
 
 
-torch.library.register_autograd(self_logsumexp, _differentiate_self, setup_context=_save_self)
-torch.library.register_autograd(cross_logsumexp, _differentiate_cross, setup_context=_save_cross)
-torch.library.register_autograd(_self_backward, refuse_second_derivative)
-torch.library.register_autograd(_cross_backward, refuse_second_derivative)
+def _views_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, scale, ctx.normalize, ctx.period, ctx.form = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(features, scale, output[0], output[2])
+
+
+def _views_derivative(ctx: Any, call: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    by_logsumexp, by_positive = (gradient.contiguous() for gradient in gradients[:2])
+    features, scale, logsumexp, factors = ctx.saved_tensors
+    options = (ctx.normalize, ctx.period, ctx.form)
+    found = call(_views_backward, features, scale, logsumexp, factors, by_logsumexp, by_positive, *options)
+    return *found, None, None, None
+
+
+def _views_gradient(
+    features: Tensor,
+    scale: Tensor,
+    logsumexp: Tensor,
+    factors: Tensor,
+    by_logsumexp: Tensor,
+    by_positive: Tensor,
+    normalize: bool,
+    period: int,
+    form: str,
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = engine(form, features).views_backward(
+        features, scale, normalize, period, (logsumexp, factors), (by_logsumexp, by_positive)
+    )
+    return result
+
+
+_views_backward = Operation(
+    "views_logsumexp_backward",
+    "(Tensor features, Tensor scale, Tensor logsumexp, Tensor factors, Tensor by_logsumexp, Tensor by_positive, "
+    "bool normalize, int period, str form) -> (Tensor, Tensor)",
+    _views_gradient,
+    lambda features, scale, *rest: (torch.empty_like(features), torch.empty_like(scale)),
+)
+
+views_logsumexp = Operation(
+    "views_logsumexp",
+    "(Tensor features, Tensor scale, bool normalize, int period, str form) -> (Tensor, Tensor, Tensor)",
+    _views,
+    _views_allocate,
+    _views_save,
+    _views_derivative,
+)
+"""See ``logsumexp.views_logsumexp``; gives (2N,), (N,), and the rows' factors (2N,) without gradient."""

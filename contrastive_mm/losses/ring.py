@@ -18,9 +18,10 @@ from torch import Tensor
 
 from contrastive_mm.distributed import process_index, row_counts
 from contrastive_mm.errors import UserError
-from contrastive_mm.losses import tiled
 from contrastive_mm.losses.checks import check_pair
 from contrastive_mm.losses.exclusion import Exclusion
+from contrastive_mm.losses.logsumexp import chosen_form
+from contrastive_mm.losses.operators import engine
 from contrastive_mm.losses.similarity import Temperature, check_temperature, full_precision, scale_of, widen
 
 
@@ -97,7 +98,9 @@ class _RingLogsumexp(torch.autograd.Function):
         rounds = _round([key], counts)
         for _ in counts:
             (visiting,), _ = next(rounds)
-            part, _, _ = tiled.cross_forward(query, visiting, Exclusion(), columns=False, expectation=False)
+            part, _, _ = engine(chosen_form(), query).cross_forward(
+                query, visiting, Exclusion(), columns=False, expectation=False
+            )
             total = torch.logaddexp(total, part)
         ctx.save_for_backward(query, key, total)
         ctx.counts = counts
@@ -112,7 +115,8 @@ class _RingLogsumexp(torch.autograd.Function):
         rounds = _round([key, torch.zeros_like(key)], ctx.counts)
         for _ in ctx.counts:
             (visiting, by_visiting), _ = next(rounds)
-            own, theirs = tiled.cross_backward(query, visiting, (total, gradient.contiguous()), None, Exclusion())
+            ends = (total, gradient.contiguous())
+            own, theirs = engine(chosen_form(), query).cross_backward(query, visiting, ends, None, Exclusion())
             by_query += own
             by_visiting += theirs
         (_, by_key), _ = next(rounds)

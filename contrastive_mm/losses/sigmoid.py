@@ -14,7 +14,7 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.losses import tiled
 from contrastive_mm.losses.checks import check_pair
 from contrastive_mm.losses.logsumexp import is_plain
-from contrastive_mm.losses.operators import refuse_second_derivative
+from contrastive_mm.losses.operation import Operation
 from contrastive_mm.losses.similarity import (
     Similarity,
     Temperature,
@@ -94,9 +94,8 @@ def sum_over_pairs(
         positive.diagonal(offset).fill_(True)
         return -F.logsigmoid(torch.where(positive, logits, -logits)).sum()
     wants = torch.is_grad_enabled()
-    # As in losses.operators: an operator for the compiler, an autograd function where there is none.
-    pairs = _sigmoid_pairs if torch.compiler.is_compiling() else _SigmoidPairs.apply
-    result: Tensor = pairs(query, key, bias, offset, wants and query.requires_grad, wants and key.requires_grad)[0]
+    gradients = wants and query.requires_grad, wants and key.requires_grad
+    result: Tensor = _sigmoid_pairs(query, key, bias, offset, *gradients)[0]
     return result
 
 
@@ -130,15 +129,6 @@ def _pairs_and_gradients(
     return total.to(query.dtype), query_gradient, key_gradient, bias_gradient.to(query.dtype)
 
 
-_sigmoid_pairs = torch.library.custom_op(
-    "contrastive_mm::sigmoid_pairs",
-    _pairs_and_gradients,
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor bias, int offset, bool by_query, bool by_key) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
 def _diagonal(tile: Tensor, offset: int) -> Tensor | None:
     """The part of a diagonal that a tile meets, if any."""
     if not -tile.shape[0] < offset < tile.shape[1]:
@@ -146,8 +136,7 @@ def _diagonal(tile: Tensor, offset: int) -> Tensor | None:
     return tile.diagonal(offset)
 
 
-@_sigmoid_pairs.register_fake
-def _(
+def _allocate(
     query: Tensor, key: Tensor, bias: Tensor, offset: int, by_query: bool, by_key: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
@@ -165,56 +154,31 @@ def _chain(
     return gradient * by_query, gradient * by_key, gradient * by_bias
 
 
-_sigmoid_pairs_backward = torch.library.custom_op(
-    "contrastive_mm::sigmoid_pairs_backward",
-    _chain,
-    mutates_args=(),
-    schema="(Tensor gradient, Tensor query, Tensor key, Tensor bias, Tensor by_query, Tensor by_key, Tensor by_bias) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-
-
-@_sigmoid_pairs_backward.register_fake
-def _(
-    gradient: Tensor, query: Tensor, key: Tensor, bias: Tensor, by_query: Tensor, by_key: Tensor, by_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(by_query), torch.empty_like(by_key), torch.empty_like(by_bias)
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, bias, _, ctx.by_query, ctx.by_key = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(query, key, bias, *output[1:])
 
 
-def _differentiate(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, gradient, _sigmoid_pairs_backward)
-
-
-def _gradients(ctx: Any, gradient: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
-    by_query, by_key, by_bias = backward(gradient, *ctx.saved_tensors)
+def _derivative(ctx: Any, call: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    by_query, by_key, by_bias = call(_sigmoid_pairs_backward, gradient, *ctx.saved_tensors)
     return by_query if ctx.by_query else None, by_key if ctx.by_key else None, by_bias, None, None, None
 
 
-torch.library.register_autograd(_sigmoid_pairs, _differentiate, setup_context=_save)
-torch.library.register_autograd(_sigmoid_pairs_backward, refuse_second_derivative)
+_sigmoid_pairs_backward = Operation(
+    "sigmoid_pairs_backward",
+    "(Tensor gradient, Tensor query, Tensor key, Tensor bias, Tensor by_query, Tensor by_key, Tensor by_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    _chain,
+    lambda gradient, query, key, bias, *results: tuple(torch.empty_like(each) for each in results),
+)
 
-
-class _SigmoidPairs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = _pairs_and_gradients(*inputs)
-        _save(ctx, inputs, result)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, gradient, _SigmoidBackward.apply)
-
-
-class _SigmoidBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _chain(*inputs)
-
-    backward = staticmethod(refuse_second_derivative)
+_sigmoid_pairs = Operation(
+    "sigmoid_pairs",
+    "(Tensor query, Tensor key, Tensor bias, int offset, bool by_query, bool by_key) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _pairs_and_gradients,
+    _allocate,
+    _save,
+    _derivative,
+)

@@ -141,6 +141,58 @@ def self_backward(features: Tensor, logsumexp: Tensor, gradient: Tensor, exclusi
     return result
 
 
+def views_forward(features: Tensor, scale: Tensor, normalize: bool, period: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All that NT-Xent needs of two views below each other, from the encoder's own features.
+
+    Args:
+        features: (2N, D) in any type, row i with row i + N.
+        scale: (1,) 1/T, in the type to compute in.
+        normalize: cosine instead of dot products.
+        period: 2N leaves out each row's pair with itself, N all views of its sample.
+
+    Returns:
+        Log-sum-exps (2N,), similarities of the pairs (N,), and the factors (2N,) by which rows were multiplied.
+    """
+    factors = scale.sqrt().expand(len(features))
+    if normalize:
+        factors = factors / torch.linalg.vector_norm(features, dim=1, dtype=scale.dtype).clamp_min(1e-12)
+    factors = factors.contiguous()
+    prepared = features * factors[:, None]
+    first, second = prepared.chunk(2)
+    return self_forward(prepared, Exclusion(period)), (first * second).sum(1), factors
+
+
+def views_backward(
+    features: Tensor,
+    scale: Tensor,
+    normalize: bool,
+    period: int,
+    saved: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``views_forward`` by the features, in their type, and by the scale (1,).
+
+    Args:
+        features: as in the forward pass, and so are scale, normalize and period.
+        scale: (1,).
+        normalize: as there.
+        period: as there.
+        saved: log-sum-exps and factors of the forward pass.
+        gradients: (2N,) of the log-sum-exps and (N,) of the pairs' similarities.
+    """
+    logsumexp, factors = saved
+    prepared = features * factors[:, None]
+    gradient = self_backward(prepared, logsumexp, gradients[0], Exclusion(period))
+    pairs = len(features) // 2
+    gradient[:pairs].addcmul_(gradients[1][:, None], prepared[pairs:])
+    gradient[pairs:].addcmul_(gradients[1][:, None], prepared[:pairs])
+    along = torch.linalg.vecdot(gradient, prepared)
+    if normalize:
+        gradient.addcmul_(prepared, (along / scale)[:, None], value=-1)
+    gradient.mul_(factors[:, None])
+    return gradient.to(features.dtype), along.sum().div(2 * scale)
+
+
 def cross_forward(
     query: Tensor, key: Tensor, exclusion: Exclusion, columns: bool, expectation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
