@@ -101,7 +101,7 @@ class RingInfoNCELoss(TemperatureLoss):
 
 
 class SwappedPredictionLoss(TemperatureLoss):
-    """``swapped_prediction`` as a module: ``SwappedPredictionLoss(0.1, epsilon=0.05)([first_scores, second_scores])``."""
+    """``swapped_prediction`` as a module: ``SwappedPredictionLoss(0.1, epsilon=0.05)(scores)``."""
 
     function = staticmethod(swapped_prediction)
 
