@@ -28,7 +28,7 @@ from contrastive_mm.losses import (
     use_form,
 )
 
-pytest.importorskip("triton")
+kernels = pytest.importorskip("contrastive_mm.losses.kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Weights of pairs and gradients are rounded to the features' own type; a log-sum-exp in float32 is not.
@@ -71,7 +71,7 @@ def assert_equals_float64(compute, *inputs, exponent=1.0):
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.5, 6.0])
-@pytest.mark.parametrize(("rows", "dim"), [(2, 1), (15, 5), (16, 16), (17, 20), (63, 8), (90, 33)])
+@pytest.mark.parametrize(("rows", "dim"), [(2, 1), (15, 5), (16, 16), (17, 20), (50, 33)])
 def test_rows_among_themselves(rows, dim, scale):
     x = random(rows, dim, scale=scale)
     largest = float(x.double().square().sum(1).max())
@@ -82,7 +82,7 @@ def test_rows_among_themselves(rows, dim, scale):
 
 
 @pytest.mark.parametrize("scale", [0.3, 6.0])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 2), (5, 70), (70, 5), (33, 300)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 2), (5, 40), (40, 5), (20, 150)])
 def test_queries_over_keys(queries, keys, scale):
     q, k = random(queries, 6, scale=scale), random(keys, 6, seed=1)
     numbers = (torch.arange(queries) % 3).to(DEVICE), (torch.arange(keys) % 5).to(DEVICE)
@@ -95,17 +95,17 @@ def test_queries_over_keys(queries, keys, scale):
 
 
 def test_both_directions():
-    a, b = random(37, 5), random(50, 5, seed=1)
-    numbers = (torch.arange(37) % 7).to(DEVICE), (torch.arange(50) % 7).to(DEVICE)
+    a, b = random(17, 5), random(34, 5, seed=1)
+    numbers = (torch.arange(17) % 7).to(DEVICE), (torch.arange(34) % 7).to(DEVICE)
     for ids in ((None, None), numbers):
         assert_equals_float64(lambda x, y, i=ids: torch.cat(two_way_logsumexp(x, y, *i)), a, b)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.012])
+@pytest.mark.parametrize("temperature", [0.1, 0.012])
 @pytest.mark.parametrize("loss", [nt_xent, dcl])
 def test_nt_xent_takes_features_of_any_type_as_they_are(loss, dtype, temperature):
-    first, second = random(40, 24, dtype=dtype), random(40, 24, dtype=dtype, seed=1)
+    first, second = random(25, 24, dtype=dtype), random(25, 24, dtype=dtype, seed=1)
     for similarity in ("cosine", "dot"):
         scaled = temperature * (24 if similarity == "dot" else 1)
         assert_equals_float64(lambda a, b, s=similarity, t=scaled: loss(a, b, t, similarity=s), first, second)
@@ -114,7 +114,7 @@ def test_nt_xent_takes_features_of_any_type_as_they_are(loss, dtype, temperature
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_temperature_gets_its_gradient(dtype, similarity):
-    first, second = random(30, 8, dtype=dtype), random(30, 8, dtype=dtype, seed=1)
+    first, second = random(20, 8, dtype=dtype), random(20, 8, dtype=dtype, seed=1)
     slopes = {}
     for form, wide in (("fused", dtype), ("plain", torch.float64)):
         temperature = torch.tensor(0.7, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -125,8 +125,8 @@ def test_the_temperature_gets_its_gradient(dtype, similarity):
 
 
 def test_other_losses_go_through_the_kernels_too():
-    first, second, queue = random(40, 8), random(40, 8, seed=1), random(90, 8, seed=2)
-    labels = (torch.arange(40) % 6).to(DEVICE)
+    first, second, queue = random(20, 8), random(20, 8, seed=1), random(50, 8, seed=2)
+    labels = (torch.arange(20) % 6).to(DEVICE)
     for compute in (
         lambda a, b: info_nce(a, b, queue.to(a), 0.2, symmetric=True, ids=labels),
         lambda a, b: info_nce(a, b, queue.to(a), 0.2, in_batch_negatives=False),
@@ -144,6 +144,28 @@ def test_a_row_that_is_compared_with_nothing_costs_nothing():
     assert values.isinf().all()
     assert float(total.detach()) == 0.0
     assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
+def test_values_that_are_not_numbers_come_out_as_such():
+    x = random(40, 4)
+    x[3, 1] = math.nan
+    with use_form("fused"):
+        assert self_logsumexp(x).isnan().all()
+        assert cross_logsumexp(x, random(60, 4)).isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_on_demand_the_forward_pass_is_deterministic_and_the_same(monkeypatch):
+    x = random(90, 8)
+    with use_form("fused"):
+        by_halves = self_logsumexp(x)
+        monkeypatch.setattr(kernels, "half_forward", None)
+        torch.use_deterministic_algorithms(True)
+        try:
+            by_rows = self_logsumexp(x)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(by_rows, by_halves)
 
 
 def test_the_fused_form_says_what_it_takes():

@@ -8,6 +8,7 @@ added up in float32. For float32 features the products follow ``torch.get_float3
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
@@ -126,22 +127,26 @@ def self_forward(features: Tensor, exclusion: Exclusion, factors: Tensor | None 
     """Log-sum-exp of each row with the others: (M, D) -> (M,) float32.
 
     Args:
-        features: (M, D).
+        features: (M, D) rows.
         exclusion: pairs to leave out.
         factors: (M,) float32 by which the rows are multiplied, without being rounded.
     """
     from contrastive_mm.losses import kernels
 
     features = features.contiguous()
+    if torch.are_deterministic_algorithms_enabled():
+        return _online(features, features, exclusion, False, factors, factors)[0]
     rows, dim = features.shape
-    squares = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
-    bound = (squares if factors is None else squares * factors).max().square()
+    norms = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
+    bound = (norms if factors is None else norms * factors).max().square()
     totals = torch.zeros(rows, dtype=torch.float32, device=features.device)
     sizes = _sizes(features)
     blocks = -(-rows // sizes.columns)
     group = max(1, min(8, blocks // 8))
     # Which of the two runs is decided on the device, so that nothing waits for it: the other one ends at once.
-    kernels.half_forward[(blocks, -(-blocks // group))](
+    _launch(
+        kernels.half_forward,
+        (blocks, -(-blocks // group)),
         features,
         factors,
         exclusion.row_ids,
@@ -219,9 +224,8 @@ def views_forward(features: Tensor, scale: Tensor, normalize: bool, period: int)
     pairs = rows // 2
     positive = torch.empty(pairs, dtype=torch.float32, device=features.device)
     block = 32
-    kernels.row_dots[(-(-pairs // block),)](
-        features, features[pairs:], positive, pairs, dim, BLOCK=block, BLOCK_D=_block_dim(dim)
-    )
+    arguments = (features, features[pairs:], positive, pairs, dim)
+    _launch(kernels.row_dots, (-(-pairs // block),), *arguments, BLOCK=block, BLOCK_D=_block_dim(dim))
     return ViewsResult(logsumexp, positive * factors[:pairs] * factors[pairs:], factors)
 
 
@@ -268,7 +272,9 @@ def _online(
     parts, part = _parts(blocks, len(y), sizes)
     logsumexps = torch.empty(parts, len(x), dtype=torch.float32, device=x.device)
     expected = logsumexps.new_empty((parts, len(x), x.shape[1]) if expectation else (0,))
-    kernels.online_forward[(blocks, parts)](
+    _launch(
+        kernels.online_forward,
+        (blocks, parts),
         x,
         y,
         x_factors,
@@ -318,7 +324,9 @@ def _backward(
     result = torch.empty(parts, *x.shape, dtype=torch.float32 if parts > 1 else x.dtype, device=x.device)
     row_ends, row_gradients = over_columns or (None, None)
     column_ends, column_gradients = over_rows or (None, None)
-    kernels.rows_backward[(blocks, parts)](
+    _launch(
+        kernels.rows_backward,
+        (blocks, parts),
         x,
         y,
         factors,
@@ -349,6 +357,12 @@ def _backward(
         **_options(x, exclusion, factors, sizes),
     )
     return result.sum(0).to(x.dtype) if parts > 1 else result[0]
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], features: Tensor, *arguments: Any, **options: Any) -> None:
+    # Triton launches on the current device, which need not be that of the features.
+    with torch.cuda.device(features.device) if features.is_cuda else contextlib.nullcontext():
+        kernel[grid](features, *arguments, **options)
 
 
 def _parts(blocks: int, columns: int, sizes: _Sizes) -> tuple[int, int]:

@@ -175,7 +175,8 @@ def online_forward(
     """
     go = True
     if SKIP_BELOW_LIMIT:
-        go = tl.load(bound) > LIMIT
+        largest = tl.load(bound)
+        go = (largest > LIMIT) | (largest != largest)  # what is not a number must come out as such
     if go:
         rows = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
         begin = tl.program_id(1) * part
