@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal
 
 import torch
@@ -142,13 +143,12 @@ def hard_negative_nt_xent(
         if concentration > 0:
             weighted = weighted - self_logsumexp(views.own * concentration**0.5, len(first))
         else:
-            weighted = weighted - torch.tensor(float(negatives)).log().to(weighted)
+            weighted = weighted - math.log(negatives)
         positive = views.positive_similarity(None)
         # All terms relative to exp(1 / T), the largest that a cosine gives, so that no temperature overflows.
         top = 1.0 / float(temperature)
         mean = (weighted - top).exp() - positive_prior * (positive - top).exp()
-        floor = torch.exp(torch.tensor(-2 * top)).to(mean)
-        total = negatives * (mean / (1 - positive_prior)).clamp_min(floor)
+        total = negatives * (mean / (1 - positive_prior)).clamp_min(math.exp(-2 * top))
         return views.mean(torch.log((positive - top).exp() + total) + top - positive)
 
 
