@@ -7,8 +7,8 @@ candidates (``torch.logaddexp``), weights and masks need no kernel of their own.
 
 Three forms give the same values. ``plain`` holds the matrix of dot products; it is the readable oracle, can be
 differentiated twice, and is taken where the matrix is no larger than one tile (``PLAIN_ELEMENTS``). ``fused`` is taken
-on NVIDIA GPUs for up to 256 dimensions: Triton kernels, tried on a small example first. ``tiled`` is taken for
-everything else, and runs on any device. ``use_form`` chooses by hand.
+on NVIDIA GPUs for up to 256 dimensions (128 in float32): Triton kernels, tried on a small example first. ``tiled`` is
+taken for everything else, and runs on any device. ``use_form`` chooses by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,16 @@ from contrastive_mm.losses import operators
 from contrastive_mm.losses.exclusion import Exclusion
 from contrastive_mm.losses.similarity import widen
 
-Form = Literal["auto", "plain", "tiled", "fused"]
+FORMS = ("auto", "plain", "tiled", "fused")
 
 PLAIN_ELEMENTS = 256 * 256
 """Up to this many dot products the plain form is as fast as a single tile."""
 
-_form: contextvars.ContextVar[Form] = contextvars.ContextVar("form", default="auto")
+_form: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="auto")
 
 
 @contextlib.contextmanager
-def use_form(form: Form) -> Iterator[None]:
+def use_form(form: str) -> Iterator[None]:
     """Choose how log-sum-exps are computed inside a ``with`` block; the values are the same.
 
     Args:
@@ -47,8 +47,8 @@ def use_form(form: Form) -> Iterator[None]:
     Raises:
         UserError: an unknown form; or, from a loss inside, ``fused`` without a GPU that it runs on.
     """
-    if form not in get_args(Form):
-        raise UserError(f"form = {form!r}; it must be one of {', '.join(get_args(Form))}.")
+    if form not in FORMS:
+        raise UserError(f"form = {form!r}; it must be one of {', '.join(FORMS)}.")
     token = _form.set(form)
     try:
         yield
@@ -56,7 +56,7 @@ def use_form(form: Form) -> Iterator[None]:
         _form.reset(token)
 
 
-def chosen_form() -> Form:
+def chosen_form() -> str:
     """The form that ``use_form`` has chosen."""
     return _form.get()
 
@@ -172,5 +172,5 @@ def _cross(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _plain(query: Tensor, key: Tensor, exclusion: Exclusion) -> Tensor:
     logits = query @ key.T
-    mask = exclusion.mask(len(query), len(key), query.device)
-    return logits if mask is None else logits.masked_fill(mask, -math.inf)
+    exclusion.fill_(logits, (0, len(query)), (0, len(key)), -math.inf)
+    return logits
