@@ -104,8 +104,8 @@ NT_XENT = (
     Case(
         "hard_negative_nt_xent without prior and weights, lightly",
         "lightly",
-        lambda given: hard_negative_nt_xent(*pair(given), 0.2, concentration=0.0, positive_prior=0.0),
-        lambda given: lightly("NTXentLoss", temperature=0.2)(*pair(given)),
+        lambda given: hard_negative_nt_xent(*pair(given), given.temperature, concentration=0.0, positive_prior=0.0),
+        lambda given: lightly("NTXentLoss", temperature=given.temperature)(*pair(given)),
         conversion="None of the four has these weights or debiased negatives; without both the loss is NT-Xent.",
     ),
     Case(
