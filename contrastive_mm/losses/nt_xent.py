@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal
 
 import torch
@@ -142,7 +143,7 @@ def hard_negative_nt_xent(
         if concentration > 0:
             weighted = weighted - self_logsumexp(views.own * concentration**0.5, len(first))
         else:
-            weighted = weighted - torch.tensor(float(negatives)).log().to(weighted)
+            weighted = weighted - math.log(negatives)
         positive = views.positive_similarity(None)
         # All terms relative to exp(1 / T), the largest that a cosine gives, so that no temperature overflows.
         mean = (weighted - views.scale).exp() - positive_prior * (positive - views.scale).exp()
