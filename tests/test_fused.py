@@ -27,6 +27,7 @@ from contrastive_mm.losses import (
     two_way_logsumexp,
     use_form,
 )
+from contrastive_mm.losses.exclusion import Exclusion
 
 kernels = pytest.importorskip("contrastive_mm.losses.kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,9 +36,22 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
+@pytest.fixture(scope="module")
+def interpreter():
+    """Skip where Triton's own interpreter fails: that of 3.2 does in every loop, with NumPy 2.4."""
+    try:
+        fused.self_forward(random(20, 5), Exclusion(20))
+    except Exception as error:
+        if "only 0-dimensional arrays" in str(error):
+            pytest.skip("this Triton's interpreter doesn't run with this NumPy")
+        raise
+
+
 @pytest.fixture(autouse=True)
-def small_programs(monkeypatch):
-    """Several programs, blocks and parts from few rows."""
+def small_programs(monkeypatch, request):
+    if "compile_for" not in request.node.name:
+        request.getfixturevalue("interpreter")
+    # Several programs, blocks and parts from few rows.
     if DEVICE == "cpu":
         monkeypatch.setattr(fused, "_sizes", lambda features: fused._Sizes(16, 16, 4, 1))
 
