@@ -29,6 +29,7 @@ from contrastive_mm.losses import (
 )
 from contrastive_mm.losses.exclusion import Exclusion
 
+nvidia_compiler = pytest.importorskip("triton.backends.nvidia.compiler")
 kernels = pytest.importorskip("contrastive_mm.losses.kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -224,6 +225,8 @@ def test_kernels_that_do_not_compile_are_not_trusted(monkeypatch):
 
 
 def test_kernels_compile_for_ampere_and_hopper_and_fit_into_their_memory():
+    if not hasattr(nvidia_compiler, "get_ptxas"):
+        pytest.skip("this Triton compiles ahead of time in another way")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "triton_targets.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)

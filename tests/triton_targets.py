@@ -13,7 +13,7 @@ import tempfile
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from contrastive_mm.losses import fused, kernels
@@ -21,13 +21,6 @@ from contrastive_mm.losses import fused, kernels
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 NUMBERS = ["row_count", "column_count", "count", "dim", "period", "shift", "part", "pairs", "group"]
 IDS = ("ids", "row_ids", "column_ids")
-
-
-def ptxas(capability):
-    """The assembler's path, as Triton of any supported version tells it."""
-    if hasattr(compiler, "get_ptxas"):
-        return compiler.get_ptxas(capability).path
-    return compiler._path_to_binary("ptxas")[0]
 
 
 def compile_for(kernel, capability, features, constants):
@@ -59,7 +52,7 @@ def compile_for(kernel, capability, features, constants):
         file.write(compiled.asm["ptx"])
         file.flush()
         architecture = "sm_90a" if capability == 90 else f"sm_{capability}"
-        command = [ptxas(capability), "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
         "kernel": kernel.fn.__name__,
