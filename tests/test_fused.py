@@ -39,11 +39,11 @@ GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16
 
 @pytest.fixture(scope="module")
 def interpreter():
-    """Skip where Triton's own interpreter fails: that of 3.2 does in every loop, with NumPy 2.4."""
+    """Skip where Triton's own interpreter fails: that of 3.2 does in every loop, with a warning until NumPy 2.4."""
     try:
         fused.self_forward(random(20, 5), Exclusion(20))
     except Exception as error:
-        if "only 0-dimensional arrays" in str(error):
+        if "only 0-dimensional arrays" in str(error) or "ndim > 0 to a scalar" in str(error):
             pytest.skip("this Triton's interpreter doesn't run with this NumPy")
         raise
 
