@@ -14,7 +14,6 @@ taken for everything else, and runs on any device. ``use_form`` chooses by hand.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -34,12 +33,13 @@ FORMS = ("auto", "plain", "tiled", "fused")
 PLAIN_ELEMENTS = 256 * 256
 """Up to this many dot products the plain form is as fast as a single tile."""
 
-_form: contextvars.ContextVar[str] = contextvars.ContextVar("form", default="auto")
+# A plain variable: the compiler of torch 2.6 can't look into a ContextVar, and compiles anew when this one changes.
+_form = "auto"
 
 
 @contextlib.contextmanager
 def use_form(form: str) -> Iterator[None]:
-    """Choose how log-sum-exps are computed inside a ``with`` block; the values are the same.
+    """Choose how log-sum-exps are computed inside a ``with`` block, by all threads; the values are the same.
 
     Args:
         form: ``auto``, ``plain`` (holds the matrix, can be differentiated twice), ``tiled`` or ``fused``.
@@ -49,21 +49,22 @@ def use_form(form: str) -> Iterator[None]:
     """
     if form not in FORMS:
         raise UserError(f"form = {form!r}; it must be one of {', '.join(FORMS)}.")
-    token = _form.set(form)
+    global _form
+    before, _form = _form, form
     try:
         yield
     finally:
-        _form.reset(token)
+        _form = before
 
 
 def chosen_form() -> str:
     """The form that ``use_form`` has chosen."""
-    return _form.get()
+    return _form
 
 
 def is_plain(elements: int) -> bool:
     """Whether so many dot products are to be held at once."""
-    form = _form.get()
+    form = _form
     return form == "plain" or (form == "auto" and elements <= PLAIN_ELEMENTS)
 
 
@@ -84,7 +85,7 @@ def self_logsumexp(
     period = len(features) if period is None else period
     if is_plain(len(features) ** 2):
         return _plain(features, features, Exclusion(period, 0, ids, ids)).logsumexp(1)
-    result: Tensor = operators.self_logsumexp(features, period, ids, _form.get())
+    result: Tensor = operators.self_logsumexp(features, period, ids, _form)
     return result
 
 
@@ -111,7 +112,7 @@ def views_logsumexp(
         prepared = (F.normalize(wide, dim=1) if normalize else wide) * scale.sqrt()
         first, second = prepared.chunk(2)
         return self_logsumexp(prepared, period), (first * second).sum(1)
-    logsumexp, positive, _ = operators.views_logsumexp(features, scale, normalize, period, _form.get())
+    logsumexp, positive, _ = operators.views_logsumexp(features, scale, normalize, period, _form)
     return logsumexp, positive
 
 
@@ -166,7 +167,7 @@ def two_way_logsumexp(
 
 
 def _cross(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = operators.cross_logsumexp(*arguments, _form.get())
+    result: tuple[Tensor, Tensor, Tensor] = operators.cross_logsumexp(*arguments, _form)
     return result
 
 
