@@ -46,7 +46,8 @@ def nt_xent(
         temperature: T, above 0; a tensor receives its gradient.
         similarity: ``"cosine"``, or ``"dot"`` (features used as they are).
         positives: which rows of the other view belong with a row, and how much; by default row i with row i. Every
-            view but the row itself stays among the candidates.
+            view but the row itself stays among the candidates. In several processes each gives the value of its own
+            samples.
         gather: in several processes, compare with the views of all; each process returns the loss of its own rows,
             and the average of the processes' gradients is the gradient of the whole batch's loss.
 
@@ -170,10 +171,8 @@ class _Views:
         self.count = len(first)
         self.gathered: tuple[Gathered, Gathered] | None = None
         if gather and process_count() > 1:
-            self.gathered = (
-                gather_with_gradient(self.own[: self.count]),
-                gather_with_gradient(self.own[self.count :]),
-            )
+            gathered = gather_with_gradient(self.own[: self.count])
+            self.gathered = gathered, gather_with_gradient(self.own[self.count :], gathered.counts)
         elif self.count < 2:
             raise UserError("NT-Xent needs at least 2 samples: `first` has 1, which leaves it without negatives.")
 
@@ -209,11 +208,12 @@ class _Views:
         if positives is None:
             return (first * second).sum(1).repeat(2)
         positives.check(self.count)
+        all_first, all_second = first, second
         if self.gathered is not None:
-            raise UserError("Positives among the samples of several processes are not supported; use supcon or ids.")
-        forth = (first * positives.weighted_sum(second)).sum(1) / positives.totals(second)
-        back = (second * positives.weighted_sum(first, transposed=True)).sum(1) / positives.totals(first, True)
-        return torch.cat([forth, back])
+            all_first, all_second = (view.rows for view in self.gathered)
+            positives = positives.gathered(self.gathered[0].counts)
+        forth = (first * positives.mean(all_second)).sum(1)
+        return torch.cat([forth, (second * positives.transposed().mean(all_first)).sum(1)])
 
     def mean(self, losses: Tensor) -> Tensor:
         """Mean over own rows; with unequal numbers in several processes every row weighs the same."""
