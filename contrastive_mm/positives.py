@@ -185,6 +185,23 @@ class Positives:
         same = self._related(rows, self.partner).to(like)
         return (share + (1 - share) * same)[self.own]
 
+    def belonging(self, start: int, stop: int, like: Float[Tensor, "rows dim"]) -> Bool[Tensor, "some rows"]:
+        """Whether all rows belong (by a weight above 0) with own rows from ``start`` to before ``stop``.
+
+        ``like`` has as many rows as the batch.
+        """
+        everything = torch.arange(len(like), device=like.device)
+        some = everything[self.own][start:stop, None]
+        if self.matrix is not None:
+            found = torch.zeros(len(some), len(like), dtype=torch.bool, device=like.device)
+            found[:, self.own] = (self.matrix.T if self.swapped else self.matrix)[start:stop] > 0
+            return found
+        if self.partner is None or self.share is None:
+            return self._related(some, everything[None])
+        mixed, other = (everything[None], some) if self.swapped else (some, everything[None])
+        by_itself = (self.share[mixed] > 0) & self._related(mixed, other)
+        return by_itself | ((self.share[mixed] < 1) & self._related(self.partner[mixed], other))
+
     def _related_sum(self, keys: Tensor) -> Tensor:
         """For every row the sum of the keys that belong with it, before any mixing; a symmetric relation."""
         if self.times is not None:

@@ -67,6 +67,7 @@ KINDS = ["groups", "window", "window in episodes", "mixed", "mixed classes", "we
 CASES = {
     "nt_xent": lambda a, b, t, part: nt_xent(a, b, t, gather=True),
     "dcl": lambda a, b, t, part: dcl(a, b, t, gather=True),
+    "dclw": lambda a, b, t, part: dcl(a, b, t, weight_concentration=0.5, gather=True),
     "info_nce": lambda a, b, t, part: info_nce(a, b, temperature=t, gather=True),
     "info_nce both ways, queue, ids": lambda a, b, t, part: info_nce(
         a, b, QUEUE, t, symmetric=True, ids=part.labels, negative_ids=torch.arange(9) % 4, gather=True
@@ -84,6 +85,7 @@ CASES = {
 }
 WITH_POSITIVES = {
     "nt_xent": lambda a, b, t, positives: nt_xent(a, b, t, positives=positives, gather=True),
+    "dclw": lambda a, b, t, positives: dcl(a, b, t, "dot", 0.5, positives=positives, gather=True),
     "info_nce": lambda a, b, t, positives: info_nce(a, b, temperature=t, positives=positives, gather=True),
     "info_nce both ways, queue": lambda a, b, t, positives: info_nce(
         a, b, QUEUE, t, symmetric=True, positives=positives, gather=True
