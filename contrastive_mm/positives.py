@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,38 +143,55 @@ class Positives:
         """The same relation with keys and queries in each other's place."""
         return dataclasses.replace(self, swapped=not self.swapped)
 
-    def weighted_sum(self, keys: Float[Tensor, "rows dim"]) -> Float[Tensor, "own dim"]:
-        """W keys for own rows, in O(N D) but for a given matrix. Differentiable."""
+    def weighted_sum(
+        self, keys: Float[Tensor, "rows dim"], related_sum: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "own dim"]:
+        """W keys for own rows, in O(N D) but for a given matrix. Differentiable.
+
+        Args:
+            keys: one a row of the batch.
+            related_sum: sums, for every row, the keys of equal ``ids`` or near ``times``, where not all of the keys
+                that belong together are at hand (as in ``losses.ring``).
+        """
         if self.matrix is not None:
             weights = self.matrix.to(keys)
             return (weights.T if self.swapped else weights) @ keys[self.own]
+        related_sum = related_sum or self._related_sum
         if self.partner is None or self.share is None:
-            return self._related_sum(keys)[self.own]
+            return related_sum(keys)[self.own]
         share = self.share.to(keys)[:, None]
         if self.swapped:
-            return self._related_sum((share * keys).index_add(0, self.partner, (1 - share) * keys))[self.own]
-        related = self._related_sum(keys)
+            return related_sum((share * keys).index_add(0, self.partner, (1 - share) * keys))[self.own]
+        related = related_sum(keys)
         return (share * related + (1 - share) * related[self.partner])[self.own]
 
     def totals(self, like: Float[Tensor, "rows dim"]) -> Float[Tensor, " own"]:
         """Sum of each own row of W, in the type of ``like``, which has as many rows as the batch."""
         return self.weighted_sum(torch.ones_like(like[:, :1]))[:, 0]
 
-    def mean(self, keys: Float[Tensor, "rows dim"]) -> Float[Tensor, "own dim"]:
+    def mean(
+        self, keys: Float[Tensor, "rows dim"], related_sum: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "own dim"]:
         """The mean of each own row's positives among the keys, weighted by W. Differentiable.
+
+        Args:
+            keys: one a row of the batch.
+            related_sum: as in ``weighted_sum``.
 
         Raises:
             UserError: a row has no positive (looked at on the CPU only).
         """
-        totals = self.totals(keys)
+        # The sum of the weights beside the weighted sum, in one pass.
+        sums = self.weighted_sum(torch.cat([keys, torch.ones_like(keys[:, :1])], dim=1), related_sum)
+        totals = sums[:, -1:]
         if totals.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((totals > 0).all()):
-            row = int((~(totals > 0)).nonzero()[0])
+            row = int((~(totals > 0)).nonzero()[0, 0])
             way = "column" if self.swapped else "row"
             raise UserError(
                 f"Positives leave no positive to some rows of the batch: {way} {row} of the weights sums to 0. Give "
                 "each row one, or use supcon, which leaves such rows out."
             )
-        return self.weighted_sum(keys) / totals[:, None]
+        return sums[:, :-1] / totals
 
     def diagonal(self, like: Float[Tensor, "own dim"]) -> Float[Tensor, " own"]:
         """The weight of each own row with itself, in the type of ``like``."""

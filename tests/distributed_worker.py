@@ -15,7 +15,16 @@ import torch.distributed as dist
 from processes import join, leave
 from torch import nn
 
-from contrastive_mm.losses import LearnableTemperature, dcl, info_nce, nt_xent, sigmoid_loss, supcon, use_form
+from contrastive_mm.losses import (
+    LearnableTemperature,
+    dcl,
+    info_nce,
+    nt_xent,
+    sigmoid_loss,
+    supcon,
+    triplet_margin,
+    use_form,
+)
 from contrastive_mm.losses.ring import ring_info_nce
 from contrastive_mm.positives import Positives
 
@@ -80,7 +89,16 @@ CASES = {
         a, None, part.matrix(WEIGHTS * (part.owner > 0)), t, gather=True
     ),
     "sigmoid": lambda a, b, t, part: sigmoid_loss(a, b, t, -2.0, gather=True),
+    # The distance of what the temperature divides gives it a gradient too.
+    "triplet": lambda a, b, t, part: triplet_margin(a / t, b, normalize=False, gather=True),
+    "triplet, hard": lambda a, b, t, part: triplet_margin(
+        a / t, b, 2.0, part.labels, "hard", normalize=False, gather=True
+    ),
+    "triplet, next": lambda a, b, t, part: triplet_margin(
+        a / t, b, None, part.labels, "none", normalize=False, squared=False, gather=True
+    ),
     "ring": lambda a, b, t, part: ring_info_nce(a, b, t),
+    "ring, ids": lambda a, b, t, part: ring_info_nce(a, b, t, symmetric=True, ids=part.labels),
     "ring both ways": lambda a, b, t, part: ring_info_nce(a, b, t, symmetric=True),
 }
 WITH_POSITIVES = {
@@ -91,6 +109,8 @@ WITH_POSITIVES = {
         a, b, QUEUE, t, symmetric=True, positives=positives, gather=True
     ),
     "moco": lambda a, b, t, positives: info_nce(a, b.detach(), QUEUE, t, positives=positives, gather=True),
+    "ring": lambda a, b, t, positives: ring_info_nce(a, b, t, positives=positives),
+    "ring both ways": lambda a, b, t, positives: ring_info_nce(a, b, t, symmetric=True, positives=positives),
     "supcon": lambda a, b, t, positives: supcon(a, b, positives, t, gather=True),
     "supcon, one view": lambda a, b, t, positives: supcon(a, None, positives, t, gather=True),
 }
