@@ -104,6 +104,8 @@ class Positives:
                 raise UserError("Positives.matrix says all; give no ids, partner or times beside it.")
         if (self.partner is None) != (self.share is None):
             raise UserError("Positives.partner and Positives.share go together: give both.")
+        if self.window and self.times is None:
+            raise UserError(f"Positives.window = {self.window} has nothing to measure: give times.")
         self._check_values(rows)
 
     def _check_values(self, rows: int) -> None:
