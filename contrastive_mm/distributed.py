@@ -79,27 +79,30 @@ class Gathered:
         offset: number of this process's first row among them.
         mean_rows: rows of a process on average: dividing a sum over own rows by it, instead of by their number,
             keeps every row's weight the same when processes hold unequal numbers.
+        counts: rows of each process.
     """
 
     rows: Tensor
     offset: int
     mean_rows: float
+    counts: list[int]
 
 
-def gather_with_gradient(features: Float[Tensor, "rows dim"]) -> Gathered:
+def gather_with_gradient(features: Float[Tensor, "rows dim"], counts: list[int] | None = None) -> Gathered:
     """Gather rows of all processes, of any number in each; the gradient comes back as the sum over processes.
 
     Args:
         features: (n, D) this process's rows; D is the same everywhere.
+        counts: ``row_counts(features)``, where it is known already.
 
     Returns:
         The (N, D) rows of all. With one process they are ``features`` itself.
     """
-    counts = row_counts(features)
+    counts = row_counts(features) if counts is None else counts
     if len(counts) == 1:
-        return Gathered(features, 0, float(counts[0]))
+        return Gathered(features, 0, float(counts[0]), counts)
     rows: Tensor = _Gather.apply(features, counts)  # type: ignore[no-untyped-call]
-    return Gathered(rows, sum(counts[: process_index()]), sum(counts) / len(counts))
+    return Gathered(rows, sum(counts[: process_index()]), sum(counts) / len(counts), counts)
 
 
 class _Gather(torch.autograd.Function):

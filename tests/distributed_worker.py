@@ -7,6 +7,7 @@ difference relative to the largest gradient.
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,52 +15,136 @@ import torch.distributed as dist
 from processes import join, leave
 from torch import nn
 
-from contrastive_mm.losses import LearnableTemperature, dcl, info_nce, nt_xent, sigmoid_loss, supcon, use_form
+from contrastive_mm.losses import (
+    LearnableTemperature,
+    dcl,
+    info_nce,
+    nt_xent,
+    sigmoid_loss,
+    supcon,
+    triplet_margin,
+    use_form,
+)
 from contrastive_mm.losses.ring import ring_info_nce
+from contrastive_mm.positives import Positives
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 2, 0, 3, 3, 0])
+TIMES = torch.tensor([3.0, 0.0, 2.5, 1.0, 1.0, 7.0, 0.5, 6.0, 2.0, 6.5, 1.5])
+SHARE = torch.linspace(0.2, 1.0, 11, dtype=torch.float64)
+WEIGHTS = torch.rand(11, 11, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 QUEUE = torch.randn(9, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
-# Each takes first, second, temperature, and the rows of this process.
+
+@dataclass
+class Part:
+    """The rows of the batch that a process holds; ``owner`` names the process of every row, for all to know."""
+
+    rows: torch.Tensor
+    owner: torch.Tensor
+
+    @property
+    def labels(self):
+        return LABELS[self.rows]
+
+    @property
+    def partner(self):
+        """The next row of the same process, counted from the part's first row."""
+        place = torch.arange(len(self.owner))
+        first = torch.searchsorted(self.owner, self.owner)
+        size = self.owner.bincount()[self.owner]
+        return (first + (place - first + 1) % size)[self.rows] - self.rows[0]
+
+    def matrix(self, weights):
+        """Weights inside a process; samples of different processes don't belong together."""
+        return (weights * (self.owner[:, None] == self.owner))[self.rows][:, self.rows]
+
+    def positives(self, kind):
+        return {
+            "groups": lambda: Positives.of_groups(self.labels),
+            "window": lambda: Positives.within(TIMES[self.rows], 1.0),
+            "window in episodes": lambda: Positives.within(TIMES[self.rows], 2.0, self.labels % 2),
+            "mixed": lambda: Positives.mixed(self.partner, SHARE[self.rows]),
+            "mixed classes": lambda: Positives.mixed(self.partner, SHARE[self.rows], self.labels),
+            "weights": lambda: Positives.weighted(self.matrix(WEIGHTS)),
+            "booleans": lambda: Positives.weighted(self.matrix(WEIGHTS + torch.eye(11)) > 0.6),
+        }[kind]()
+
+
+KINDS = ["groups", "window", "window in episodes", "mixed", "mixed classes", "weights", "booleans"]
+
+# Each takes first, second, temperature, and the part of this process.
 CASES = {
-    "nt_xent": lambda a, b, t, rows: nt_xent(a, b, t, gather=True),
-    "dcl": lambda a, b, t, rows: dcl(a, b, t, gather=True),
-    "info_nce": lambda a, b, t, rows: info_nce(a, b, temperature=t, gather=True),
-    "info_nce both ways, queue, ids": lambda a, b, t, rows: info_nce(
-        a, b, QUEUE, t, symmetric=True, ids=LABELS[rows], negative_ids=torch.arange(9) % 4, gather=True
+    "nt_xent": lambda a, b, t, part: nt_xent(a, b, t, gather=True),
+    "dcl": lambda a, b, t, part: dcl(a, b, t, gather=True),
+    "dclw": lambda a, b, t, part: dcl(a, b, t, weight_concentration=0.5, gather=True),
+    "info_nce": lambda a, b, t, part: info_nce(a, b, temperature=t, gather=True),
+    "info_nce both ways, queue, ids": lambda a, b, t, part: info_nce(
+        a, b, QUEUE, t, symmetric=True, ids=part.labels, negative_ids=torch.arange(9) % 4, gather=True
     ),
-    "moco": lambda a, b, t, rows: info_nce(a, b.detach(), QUEUE, t, in_batch_negatives=False, gather=True),
-    "supcon": lambda a, b, t, rows: supcon(a, b, LABELS[rows], t, gather=True),
-    "supcon, one view": lambda a, b, t, rows: supcon(a, None, LABELS[rows], t, gather=True),
-    "sigmoid": lambda a, b, t, rows: sigmoid_loss(a, b, t, -2.0, gather=True),
-    "ring": lambda a, b, t, rows: ring_info_nce(a, b, t),
-    "ring both ways": lambda a, b, t, rows: ring_info_nce(a, b, t, symmetric=True),
+    "moco": lambda a, b, t, part: info_nce(a, b.detach(), QUEUE, t, in_batch_negatives=False, gather=True),
+    "supcon": lambda a, b, t, part: supcon(a, b, part.labels, t, gather=True),
+    "supcon, one view": lambda a, b, t, part: supcon(a, None, part.labels, t, gather=True),
+    # The first process has no view with a positive, and the loss is still that of the whole batch.
+    "supcon, one view, no positives": lambda a, b, t, part: supcon(
+        a, None, part.matrix(WEIGHTS * (part.owner > 0)), t, gather=True
+    ),
+    "sigmoid": lambda a, b, t, part: sigmoid_loss(a, b, t, -2.0, gather=True),
+    # The distance of what the temperature divides gives it a gradient too.
+    "triplet": lambda a, b, t, part: triplet_margin(a / t, b, normalize=False, gather=True),
+    "triplet, hard": lambda a, b, t, part: triplet_margin(
+        a / t, b, 2.0, part.labels, "hard", normalize=False, gather=True
+    ),
+    "triplet, next": lambda a, b, t, part: triplet_margin(
+        a / t, b, None, part.labels, "none", normalize=False, squared=False, gather=True
+    ),
+    "ring": lambda a, b, t, part: ring_info_nce(a, b, t),
+    "ring, ids": lambda a, b, t, part: ring_info_nce(a, b, t, symmetric=True, ids=part.labels),
+    "ring both ways": lambda a, b, t, part: ring_info_nce(a, b, t, symmetric=True),
+}
+WITH_POSITIVES = {
+    "nt_xent": lambda a, b, t, positives: nt_xent(a, b, t, positives=positives, gather=True),
+    "dclw": lambda a, b, t, positives: dcl(a, b, t, "dot", 0.5, positives=positives, gather=True),
+    "info_nce": lambda a, b, t, positives: info_nce(a, b, temperature=t, positives=positives, gather=True),
+    "info_nce both ways, queue": lambda a, b, t, positives: info_nce(
+        a, b, QUEUE, t, symmetric=True, positives=positives, gather=True
+    ),
+    "moco": lambda a, b, t, positives: info_nce(a, b.detach(), QUEUE, t, positives=positives, gather=True),
+    "ring": lambda a, b, t, positives: ring_info_nce(a, b, t, positives=positives),
+    "ring both ways": lambda a, b, t, positives: ring_info_nce(a, b, t, symmetric=True, positives=positives),
+    "supcon": lambda a, b, t, positives: supcon(a, b, positives, t, gather=True),
+    "supcon, one view": lambda a, b, t, positives: supcon(a, None, positives, t, gather=True),
 }
 
 
-def gradients(case, rows, weight=1.0):
+def with_positives(loss, kind):
+    return lambda a, b, t, part: WITH_POSITIVES[loss](a, b, t, part.positives(kind))
+
+
+CASES |= {f"{loss}, {kind}": with_positives(loss, kind) for loss in WITH_POSITIVES for kind in KINDS}
+
+
+def gradients(case, part):
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6)).double()
     temperature = LearnableTemperature(0.2).double()
     data = torch.randn(2, len(LABELS), 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with use_form("tiled"):
-        loss = CASES[case](encoder(data[0, rows]), encoder(data[1, rows]), temperature(), rows)
+        loss = CASES[case](encoder(data[0, part.rows]), encoder(data[1, part.rows]), temperature(), part)
     parameters = [*encoder.parameters(), *temperature.parameters()]
-    found = torch.autograd.grad(loss * weight, parameters)
-    return torch.cat([g.flatten() for g in found])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
 
 def main():
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    everything = torch.arange(len(LABELS))
-    expected = {case: gradients(case, everything) for case in CASES}
+    # Unequal parts; of one process's share the last rows are more than the first's.
+    edges = [len(LABELS) * part // size + (part == 1) for part in range(size)] + [len(LABELS)]
+    owner = torch.arange(size).repeat_interleave(torch.tensor(edges).diff())
+    expected = {case: gradients(case, Part(torch.arange(len(LABELS)), owner)) for case in CASES}
     join(folder, rank, size)
     ratios = {}
     for case in CASES:
-        # Unequal parts; of one process's share the last rows are more than the first's.
-        edges = [len(LABELS) * part // size + (part == 1) for part in range(size)] + [len(LABELS)]
-        averaged = gradients(case, everything[edges[rank] : edges[rank + 1]], counts_weight(case, edges, rank))
+        averaged = gradients(case, Part(torch.arange(edges[rank], edges[rank + 1]), owner))
         dist.all_reduce(averaged)
         averaged /= size
         one = expected[case]
@@ -71,11 +156,6 @@ def main():
     if rank == 0:
         (folder / "ratios.json").write_text(json.dumps(ratios))
     leave()
-
-
-def counts_weight(case, edges, rank):
-    """A loss against a queue gathers nothing: with unequal parts its mean is the process's own, as DDP has it."""
-    return (edges[rank + 1] - edges[rank]) * (len(edges) - 1) / edges[-1] if case == "moco" else 1.0
 
 
 if __name__ == "__main__":

@@ -83,6 +83,24 @@ def dcl(first, second, temperature, concentration=None):
     return total / (2 * count)
 
 
+def soft_dcl(first, second, weights, temperature, concentration=None):
+    """DCL whose positives are weighted as in ``soft_nt_xent``; samples of any weight are no negatives."""
+    count, losses = len(first), []
+    for own, other, rows in ((first, second, weights), (second, first, columns(weights))):
+        means = [
+            positives_mean(row, [cosine(view, key) for key in other]) for view, row in zip(own, rows, strict=True)
+        ]
+        for i, row in enumerate(rows):
+            strangers = [j for j in range(count) if j != i and row[j] == 0]
+            negatives = [cosine(own[i], view[j]) / temperature for view in (own, other) for j in strangers]
+            weight = 1.0
+            if concentration is not None:
+                spread = [math.exp(c / concentration) for c in means]
+                weight = 2 - spread[i] / (sum(spread) / count)
+            losses.append(cross_entropy(weight * means[i] / temperature, negatives))
+    return mean(losses)
+
+
 def hard_negative_nt_xent(first, second, temperature, concentration, prior):
     """As in the released code: reweighted, debiased, floored."""
     views, count, total = first + second, len(first), 0.0

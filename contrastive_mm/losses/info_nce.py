@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, process_count
+from contrastive_mm.distributed import gather_rows, gather_with_gradient, process_count, row_counts
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_columns, check_ids, check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, two_way_logsumexp
@@ -51,8 +51,8 @@ def info_nce(
             such as ``heads.BilinearSimilarity`` (CURL's q W k).
         in_batch_negatives: whether the other keys of the batch are candidates. MoCo takes its negatives from
             the queue alone (He et al. 2020, algorithm 1).
-        positives: which keys belong with a query, and how much: soft targets, groups, mixed samples. By default
-            key i with query i.
+        positives: which keys belong with a query, and how much: soft targets, groups, mixed samples, neighbours in
+            time. By default key i with query i. In several processes each gives the value of its own samples.
         ids: (N,) whole numbers of samples or classes: a key with the query's number, other than key i itself, is no
             negative.
         negative_ids: (K,) the same for ``negatives``; needs ``ids``.
@@ -75,19 +75,12 @@ def info_nce(
         scale = scale_of(temperature, prepare_key(query[:1], "dot"))
         left, right = prepare_query(query, similarity), prepare_key(key, similarity)
         extra = None if negatives is None else prepare_key(negatives, similarity)
-        candidates = _Candidates(left, right, extra, scale, ids, negative_ids, in_batch_negatives, gather)
-        forth, back = candidates.logsumexp(symmetric)
-        losses = forth - scale * _similarity(left, right, positives)
-        if symmetric:
-            losses = (losses + back - scale * _similarity(right, left, positives, transposed=True)) / 2
-        return candidates.mean(losses)
-
-
-def _similarity(left: Tensor, right: Tensor, positives: Positives | None, transposed: bool = False) -> Tensor:
-    """(N,) mean similarity of each row of ``left`` with its positives in ``right``."""
-    if positives is None:
-        return (left * right).sum(1)
-    return (left * positives.weighted_sum(right, transposed)).sum(1) / positives.totals(right, transposed)
+        candidates = _Candidates(
+            left * scale, right, extra, scale, symmetric, positives, ids, negative_ids, in_batch_negatives, gather
+        )
+        directions = zip(candidates.logsumexp(), candidates.positive_similarity(), strict=True)
+        losses = [logsumexp - positive for logsumexp, positive in directions]
+        return candidates.mean((losses[0] + losses[1]) / 2 if symmetric else losses[0])
 
 
 class _Candidates:
@@ -99,43 +92,65 @@ class _Candidates:
         key: Tensor,
         negatives: Tensor | None,
         scale: float | Tensor,
+        symmetric: bool,
+        positives: Positives | None,
         ids: Tensor | None,
         negative_ids: Tensor | None,
         in_batch: bool,
         gather: bool,
     ) -> None:
         # The queries carry the scale, so that neither keys nor a long queue have to be copied for it.
-        self.query, self.key, self.negatives, self.scale = query * scale, key, negatives, scale
-        self.ids, self.negative_ids, self.in_batch = ids, negative_ids, in_batch
-        self.gathered: tuple[Gathered, Gathered] | None = None
-        if gather and in_batch and process_count() > 1:
-            self.gathered = gather_with_gradient(self.query), gather_with_gradient(key)
+        self.query, self.key, self.negatives, self.scale = query, key, negatives, scale
+        self.symmetric, self.in_batch, self.positives = symmetric, in_batch, positives
+        self.ids = self.all_ids = ids
+        self.negative_ids = negative_ids
+        self.paired = (query * key).sum(1)
+        self.all_queries, self.all_keys = query, key
+        self.mean_rows: float = len(query)
+        self.gathered = False
+        if gather and process_count() > 1:
+            counts = row_counts(query)
+            self.mean_rows = sum(counts) / len(counts)
+            # Nothing is gathered where the batch's other keys are no candidates.
+            self.gathered = in_batch
+        if self.gathered:
+            self.all_keys = gather_with_gradient(key, counts).rows
+            if symmetric:
+                self.all_queries = gather_with_gradient(query, counts).rows
+            if ids is not None:
+                self.all_ids = gather_rows(ids, counts)
+            if positives is not None:
+                self.positives = positives.gathered(counts)
 
-    def logsumexp(self, symmetric: bool) -> tuple[Tensor, Tensor]:
+    def logsumexp(self) -> list[Tensor]:
         """(N,) for queries over keys and, where symmetric, (N,) for keys over queries."""
-        forth, back = self._in_batch(symmetric)
-        forth = self._with_negatives(forth, self.query)
-        return forth, self._with_negatives(back, self.key * self.scale) if symmetric else back
+        forth, *back = self._in_batch()
+        return [
+            self._with_negatives(forth, self.query),
+            *(self._with_negatives(each, self.key * self.scale) for each in back),
+        ]
 
-    def _in_batch(self, symmetric: bool) -> tuple[Tensor, Tensor]:
-        positive = (self.query * self.key).sum(1)
+    def positive_similarity(self) -> list[Tensor]:
+        """(N,) mean similarity over T of each query with its positive keys; where symmetric, of each key too."""
+        if self.positives is None:
+            return [self.paired] * (1 + self.symmetric)
+        forth = (self.query * self.positives.mean(self.all_keys)).sum(1)
+        if not self.symmetric:
+            return [forth]
+        return [forth, (self.key * self.positives.transposed().mean(self.all_queries)).sum(1)]
+
+    def _in_batch(self) -> list[Tensor]:
         if not self.in_batch:
-            return positive, positive
-        ids = self.ids
-        if self.gathered is not None:
-            # A second direction shares no matrix here: own rows stand against all columns both times.
-            queries, keys = self.gathered
-            all_ids = None if ids is None else gather_rows(ids)
-            forth = cross_logsumexp(self.query, keys.rows, ids, all_ids)
-            back = cross_logsumexp(self.key, queries.rows, ids, all_ids) if symmetric else forth
-        elif symmetric:
-            forth, back = two_way_logsumexp(self.query, self.key, ids, ids)
+            return [self.paired] * (1 + self.symmetric)
+        if self.symmetric and not self.gathered:
+            found = list(two_way_logsumexp(self.query, self.key, self.ids, self.ids))
         else:
-            forth = back = cross_logsumexp(self.query, self.key, ids, ids)
-        if ids is not None:
-            # Leaving out equal numbers has left out the positive too.
-            forth, back = torch.logaddexp(forth, positive), torch.logaddexp(back, positive)
-        return forth, back
+            # A second direction shares no matrix here: own rows stand against all columns both times.
+            found = [cross_logsumexp(self.query, self.all_keys, self.ids, self.all_ids)]
+            if self.symmetric:
+                found.append(cross_logsumexp(self.key, self.all_queries, self.ids, self.all_ids))
+        # Leaving out equal numbers has left out the positive too.
+        return found if self.ids is None else [torch.logaddexp(each, self.paired) for each in found]
 
     def _with_negatives(self, found: Tensor, rows: Tensor) -> Tensor:
         if self.negatives is None:
@@ -145,7 +160,7 @@ class _Candidates:
 
     def mean(self, losses: Tensor) -> Tensor:
         """Mean over own rows; with unequal numbers in several processes every row weighs the same."""
-        return losses.mean() if self.gathered is None else losses.sum() / self.gathered[0].mean_rows
+        return losses.sum() / self.mean_rows
 
 
 def _check_options(
@@ -181,5 +196,3 @@ def _check_options(
         raise UserError("`positives` names keys of the batch as positives; it needs in_batch_negatives=True.")
     if ids is not None:
         raise UserError("`ids` leaves keys out of the candidates that `positives` may name; give one of the two.")
-    if gather and process_count() > 1:
-        raise UserError("`positives` among the samples of several processes are not supported; use supcon or ids.")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from contrastive_mm.distributed import Gathered, gather_with_gradient, process_count
+from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, process_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp, views_logsumexp
@@ -22,6 +22,7 @@ from contrastive_mm.losses.similarity import (
     prepare_key,
     scale_of,
 )
+from contrastive_mm.losses.unrelated import unrelated_logsumexp
 from contrastive_mm.positives import Positives
 
 SymmetricSimilarity = Literal["cosine", "dot"]
@@ -47,7 +48,8 @@ def nt_xent(
         temperature: T, above 0; a tensor receives its gradient.
         similarity: ``"cosine"``, or ``"dot"`` (features used as they are).
         positives: which rows of the other view belong with a row, and how much; by default row i with row i. Every
-            view but the row itself stays among the candidates.
+            view but the row itself stays among the candidates. In several processes each gives the value of its own
+            samples.
         gather: in several processes, compare with the views of all; each process returns the loss of its own rows,
             and the average of the processes' gradients is the gradient of the whole batch's loss.
 
@@ -70,6 +72,7 @@ def dcl(
     temperature: Temperature = 0.1,
     similarity: SymmetricSimilarity = "cosine",
     weight_concentration: float | None = None,
+    positives: Positives | None = None,
     gather: bool = False,
 ) -> Float[Tensor, ""]:
     r"""Decoupled contrastive loss (Yeh et al. 2022, arXiv 2110.06848, section 3).
@@ -84,24 +87,25 @@ def dcl(
         similarity: ``"cosine"`` or ``"dot"``.
         weight_concentration: sigma of DCLW: positives weigh :math:`2 - e^{c_i / \sigma} / \mathrm{mean}_j e^{c_j /
             \sigma}` with the cosine c of sample i (0.5 in the paper); None weighs all alike. Weights
-            carry no gradient, and in several processes the mean is over a process's own samples.
+            carry no gradient.
+        positives: as in ``nt_xent``, with the mean cosine of its positives as c. No view of a sample that belongs with
+            a row by a weight above 0 is among its candidates, nor is any of its own sample.
         gather: as in ``nt_xent``.
 
     Returns:
         The loss, a scalar.
 
     Raises:
-        UserError: as ``nt_xent``, or a concentration not above 0.
+        UserError: as ``nt_xent``, a concentration not above 0, or a row with which all samples belong.
     """
     if weight_concentration is not None and not weight_concentration > 0:
         raise UserError(f"weight_concentration = {weight_concentration}; it must be above 0.")
     with full_precision(first):
         views = _Views(first, second, temperature, similarity, gather)
-        candidates, positive = views.terms(spare_positives=True)
+        candidates, positive = views.terms(spare_positives=True, positives=positives)
         if weight_concentration is not None:
-            cosine = torch.cosine_similarity(first.detach().double(), second.detach().double(), dim=1)
-            share = torch.softmax(cosine / weight_concentration, dim=0) * len(cosine)
-            positive = (2 - share).to(positive).repeat(2) * positive
+            cosines = _Views(first.detach().double(), second.detach().double(), 1.0, "cosine", gather)
+            positive = cosines.distant_weights(positives, weight_concentration).to(positive) * positive
         return views.mean(candidates - positive)
 
 
@@ -170,10 +174,8 @@ class _Views:
         self.count = len(first)
         self.gathered: tuple[Gathered, Gathered] | None = None
         if gather and process_count() > 1:
-            self.gathered = (
-                gather_with_gradient(self.own[: self.count]),
-                gather_with_gradient(self.own[self.count :]),
-            )
+            gathered = gather_with_gradient(self.own[: self.count])
+            self.gathered = gathered, gather_with_gradient(self.own[self.count :], gathered.counts)
         elif self.count < 2:
             raise UserError("NT-Xent needs at least 2 samples: `first` has 1, which leaves it without negatives.")
 
@@ -188,7 +190,31 @@ class _Views:
             period = self.count if spare_positives else 2 * self.count
             logsumexp, similarity = views_logsumexp(self.features, self.scale, self.similarity == "cosine", period)
             return logsumexp, similarity.repeat(2)
+        positives = self.whole(positives)
+        if spare_positives and positives is not None:
+            return self._unrelated(positives), self.positive_similarity(positives)
         return self._logsumexp(spare_positives), self.positive_similarity(positives)
+
+    def whole(self, positives: Positives | None) -> Positives | None:
+        """The value for the views of all processes."""
+        if positives is not None:
+            positives.check(self.count)
+            if self.gathered is not None:
+                positives = positives.gathered(self.gathered[0].counts)
+        return positives
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """The views of all processes, first and second."""
+        if self.gathered is None:
+            return self.own[: self.count], self.own[self.count :]
+        return self.gathered[0].rows, self.gathered[1].rows
+
+    def _unrelated(self, positives: Positives) -> Tensor:
+        first, second = self.own.chunk(2)
+        columns = torch.cat(self._columns())
+        count = len(columns) // 2
+        forth = unrelated_logsumexp(first, columns, count, positives)
+        return torch.cat([forth, unrelated_logsumexp(second, columns, count, positives.transposed())])
 
     def _logsumexp(self, spare_positives: bool) -> Tensor:
         if self.gathered is None:
@@ -204,16 +230,22 @@ class _Views:
         )
 
     def positive_similarity(self, positives: Positives | None) -> Tensor:
-        """(2n,) mean similarity over T of each row with its positives in the other view."""
+        """(2n,) mean similarity over T of each row with its positives (as ``whole`` gives them) in the other view."""
         first, second = self.own.chunk(2)
         if positives is None:
             return (first * second).sum(1).repeat(2)
-        positives.check(self.count)
-        if self.gathered is not None:
-            raise UserError("Positives among the samples of several processes are not supported; use supcon or ids.")
-        forth = (first * positives.weighted_sum(second)).sum(1) / positives.totals(second)
-        back = (second * positives.weighted_sum(first, transposed=True)).sum(1) / positives.totals(first, True)
-        return torch.cat([forth, back])
+        all_first, all_second = self._columns()
+        forth = (first * positives.mean(all_second)).sum(1)
+        return torch.cat([forth, (second * positives.transposed().mean(all_first)).sum(1)])
+
+    def distant_weights(self, positives: Positives | None, concentration: float) -> Tensor:
+        """(2n,) DCLW's weights, from similarities that are cosines: largest for the most distant positives."""
+        weights = []
+        for cosine in self.positive_similarity(self.whole(positives)).chunk(2):
+            everyone = cosine if self.gathered is None else gather_rows(cosine, self.gathered[0].counts)
+            share = (cosine / concentration - (everyone / concentration).logsumexp(0)).exp()
+            weights.append(2 - share * len(everyone))
+        return torch.cat(weights)
 
     def mean(self, losses: Tensor) -> Tensor:
         """Mean over own rows; with unequal numbers in several processes every row weighs the same."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from contrastive_mm.distributed import gather_rows, gather_with_gradient, process_count
+from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, process_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_features, check_ids, check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp
@@ -39,7 +39,8 @@ def supcon(
             together (its diagonal weighs the other view of the same sample); or ``Positives``.
         temperature: T, above 0; a tensor receives its gradient.
         similarity: ``"cosine"`` or ``"dot"``.
-        gather: in several processes, compare with the views of all, by class labels only.
+        gather: in several processes, compare with the views of all. Each process gives labels or positives of its
+            own samples; a matrix says nothing of other processes' samples, which do not belong then.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 features).
@@ -58,23 +59,21 @@ def supcon(
         scale = scale_of(temperature, prepare_key(first[:1], "dot"))
         root = scale.sqrt() if isinstance(scale, Tensor) else scale**0.5
         views = [prepare_key(view, similarity) * root for view in (first, second) if view is not None]
-        if gather and process_count() > 1:
-            sums, totals, candidates = _of_all_processes(views, positives)
-        else:
-            sums, totals, candidates = _of_one_process(views, positives)
+        gathered = _gather(views) if gather and process_count() > 1 else None
+        sums, totals = _sums_of_positives(views, positives, gathered)
         similarity_sum = (torch.cat(views) * sums).sum(1)
         known = totals > 0
-        if first.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(known.any()):
+        counted = known.sum().to(similarity_sum.dtype)
+        if gathered is not None:
+            # Views with a positive may be spread unevenly: the mean number a process keeps every view's weight alike.
+            counted = gather_rows(counted[None]).sum() / process_count()
+        if first.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(counted > 0):
             raise UserError(
                 "No view has a positive: each of `labels` occurs once and there is one view a sample. Draw batches "
                 "with several samples a class, or give a second view."
             )
-        losses = torch.where(known, candidates - similarity_sum / totals.clamp_min(1e-12), 0.0)
-        counted = known.sum().to(losses.dtype)
-        if gather and process_count() > 1:
-            # Views with a positive may be spread unevenly: the mean number a process keeps every view's weight alike.
-            counted = gather_rows(counted[None]).sum() / process_count()
-        return losses.sum() / counted.clamp_min(1)
+        losses = torch.where(known, _candidates(views, gathered) - similarity_sum / totals.clamp_min(1e-12), 0.0)
+        return losses.sum() / counted.clamp_min(1e-12)
 
 
 def _as_positives(labels: Tensor | Positives, rows: int) -> Positives:
@@ -89,31 +88,35 @@ def _as_positives(labels: Tensor | Positives, rows: int) -> Positives:
     return positives
 
 
-def _of_one_process(views: list[Tensor], positives: Positives) -> tuple[Tensor, Tensor, Tensor]:
-    """For each view: the weighted sum of its positives, the sum of the weights, and the log-sum-exp of all others."""
-    everything = torch.cat(views)
+def _gather(views: list[Tensor]) -> list[Gathered]:
+    first = gather_with_gradient(views[0])
+    return [first, *(gather_with_gradient(view, first.counts) for view in views[1:])]
+
+
+def _sums_of_positives(
+    views: list[Tensor], positives: Positives, gathered: list[Gathered] | None
+) -> tuple[Tensor, Tensor]:
+    """For each own view the weighted sum of its positives, and the sum of the weights."""
+    columns = views
+    if gathered is not None:
+        columns = [part.rows for part in gathered]
+        positives = positives.gathered(gathered[0].counts)
     # A view is no positive of itself: its own weight is taken off, its other views' stays.
-    summed = sum(views[1:], views[0])
-    own = positives.own(views[0])
+    summed = sum(columns[1:], columns[0])
+    own = positives.diagonal(views[0])
     shared = positives.weighted_sum(summed)
     sums = torch.cat([shared - own[:, None] * view for view in views])
-    totals = (positives.totals(summed) * len(views) - own).repeat(len(views))
-    return sums, totals, self_logsumexp(everything)
+    return sums, (positives.totals(summed) * len(views) - own).repeat(len(views))
 
 
-def _of_all_processes(views: list[Tensor], positives: Positives) -> tuple[Tensor, Tensor, Tensor]:
-    if positives.ids is None or positives.times is not None:
-        raise UserError("In several processes supcon takes class labels only: a matrix is of one process's samples.")
-    gathered = [gather_with_gradient(view) for view in views]
-    ids, total, offset = gather_rows(positives.ids), len(gathered[0].rows), gathered[0].offset
-    summed = sum((part.rows for part in gathered[1:]), gathered[0].rows)
-    rows = slice(offset, offset + len(views[0]))
-    grouped = Positives.of_groups(ids)
-    shared, counts = grouped.weighted_sum(summed)[rows], grouped.totals(summed)[rows]
-    columns = torch.cat([part.rows for part in gathered])
-    candidates = [
-        cross_logsumexp(view, columns, period=len(columns), shift=number * total + offset)
-        for number, view in enumerate(views)
-    ]
-    sums = torch.cat([shared - view for view in views])
-    return sums, (counts * len(views) - 1).repeat(len(views)), torch.cat(candidates)
+def _candidates(views: list[Tensor], gathered: list[Gathered] | None) -> Tensor:
+    """For each own view the log-sum-exp of all other views."""
+    if gathered is None:
+        return self_logsumexp(torch.cat(views))
+    columns, total, offset = torch.cat([part.rows for part in gathered]), len(gathered[0].rows), gathered[0].offset
+    return torch.cat(
+        [
+            cross_logsumexp(view, columns, period=len(columns), shift=number * total + offset)
+            for number, view in enumerate(views)
+        ]
+    )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, row_counts
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_ids, check_pair
 from contrastive_mm.losses.similarity import full_precision, widen
@@ -29,6 +30,7 @@ def triplet_margin(
     mining: Mining = "semi-hard",
     normalize: bool = True,
     squared: bool = True,
+    gather: bool = False,
 ) -> Float[Tensor, ""]:
     r"""Triplet loss (FaceNet, Schroff et al. 2015, section 3.1), with mining in the batch.
 
@@ -57,6 +59,8 @@ def triplet_margin(
         mining: how the triplets are chosen.
         normalize: whether features are brought to length 1 first.
         squared: whether distances are squared.
+        gather: in several processes, choose among the rows of ``positive`` of all; each process returns the loss of
+            its own anchors, and the average of the processes' gradients is the gradient of the whole batch's loss.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 features).
@@ -70,21 +74,30 @@ def triplet_margin(
         raise UserError(f"margin = {margin}; it must be at least 0, or None for the soft margin.")
     if mining not in ("semi-hard", "hard", "none"):
         raise UserError(f"mining = {mining!r}; it must be 'semi-hard', 'hard' or 'none'.")
-    if labels is None:
-        labels = torch.arange(len(anchor), device=anchor.device)
-    check_ids(labels, "labels", len(anchor), "anchor")
+    if labels is not None:
+        check_ids(labels, "labels", len(anchor), "anchor")
     with full_precision(anchor):
         anchor, positive = widen(anchor), widen(positive)
         if normalize:
             anchor, positive = F.normalize(anchor, dim=1), F.normalize(positive, dim=1)
-        rows, near, far = _mine(anchor.detach(), positive.detach(), labels, mining)
-        if len(rows) == 0:
+        candidates = (
+            gather_with_gradient(positive) if gather else Gathered(positive, 0, len(positive), [len(positive)])
+        )
+        if labels is None:
+            classes = torch.arange(len(candidates.rows), device=anchor.device)
+        else:
+            classes = gather_rows(labels, candidates.counts) if gather else labels
+        rows, near, far = _mine(anchor.detach(), candidates.rows.detach(), classes, candidates.offset, mining)
+        # Anchors with a negative may be spread unevenly: their mean number a process weighs all alike.
+        counts = row_counts(rows) if gather else [len(rows)]
+        if sum(counts) == 0:
             raise UserError(
                 "triplet_margin has no negative to compare with: every row of `anchor` is of the same sample or "
                 "class; give at least 2 of them."
             )
-        excess = _distance(anchor[rows], positive[near], squared) - _distance(anchor[rows], positive[far], squared)
-        return (F.softplus(excess) if margin is None else F.relu(excess + margin)).mean()
+        own, others = anchor[rows], candidates.rows
+        excess = _distance(own, others[near], squared) - _distance(own, others[far], squared)
+        return (F.softplus(excess) if margin is None else F.relu(excess + margin)).sum() * len(counts) / sum(counts)
 
 
 def _distance(first: Tensor, second: Tensor, squared: bool) -> Tensor:
@@ -93,29 +106,35 @@ def _distance(first: Tensor, second: Tensor, squared: bool) -> Tensor:
 
 
 @torch.no_grad()
-def _mine(anchor: Tensor, candidates: Tensor, labels: Tensor, mining: Mining) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the anchors that have a negative, and for each of them the positive's and the negative's row."""
+def _mine(
+    anchor: Tensor, candidates: Tensor, labels: Tensor, offset: int, mining: Mining
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the anchors that have a negative, and for each of them the positive's and the negative's row.
+
+    Anchor i belongs with candidate ``i + offset``; ``labels`` are the candidates'.
+    """
     chosen = []
     for start in range(0, len(anchor), MINING_ROWS):
         rows = torch.arange(start, min(start + MINING_ROWS, len(anchor)), device=anchor.device)
-        same = labels[rows, None] == labels[None]
+        paired = rows + offset
+        same = labels[paired, None] == labels[None]
         # The anchor's own length is the same for all candidates and can't change their order.
         squares = candidates.square().sum(1) - 2 * anchor[rows] @ candidates.T
-        positives, negatives = _choose(squares, same, rows, mining)
+        positives, negatives = _choose(squares, same, paired, mining)
         kept = ~same.all(1)
         chosen.append((rows[kept], positives[kept], negatives[kept]))
     rows, positives, negatives = (torch.cat(parts) for parts in zip(*chosen, strict=True))
     return rows, positives, negatives
 
 
-def _choose(squares: Tensor, same: Tensor, rows: Tensor, mining: Mining) -> tuple[Tensor, Tensor]:
+def _choose(squares: Tensor, same: Tensor, paired: Tensor, mining: Mining) -> tuple[Tensor, Tensor]:
     if mining == "hard":
         return squares.masked_fill(~same, -torch.inf).argmax(1), squares.masked_fill(same, torch.inf).argmin(1)
     if mining == "none":
-        steps = (torch.arange(squares.shape[1], device=rows.device)[None] - rows[:, None]) % squares.shape[1]
-        return rows, steps.masked_fill(same, squares.shape[1]).argmin(1)
-    own = squares.gather(1, rows[:, None])
+        steps = (torch.arange(squares.shape[1], device=paired.device)[None] - paired[:, None]) % squares.shape[1]
+        return paired, steps.masked_fill(same, squares.shape[1]).argmin(1)
+    own = squares.gather(1, paired[:, None])
     farther = ~same & (squares > own)
     nearest_farther = squares.masked_fill(~farther, torch.inf).argmin(1)
     farthest = squares.masked_fill(same, -torch.inf).argmax(1)
-    return rows, torch.where(farther.any(1), nearest_farther, farthest)
+    return paired, torch.where(farther.any(1), nearest_farther, farthest)
