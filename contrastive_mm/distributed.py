@@ -55,11 +55,19 @@ def gather_rows(
     if process_count() == 1:
         return rows.detach()
     counts = row_counts(rows) if counts is None else counts
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    longest, rest = max(counts), rows.shape[1:]
+    padded = rows.detach().contiguous()
+    if len(rows) < longest:
+        padded = rows.new_zeros(longest, *rest)
+        padded[: len(rows)] = rows
+    gathered = rows.new_empty(len(counts) * longest, *rest)
+    # The name of torch 2.14 and later, which warns at the earlier one.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, padded)
+    if min(counts) == longest:
+        return gathered
+    parts = gathered.view(len(counts), longest, *rest)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        counts, rank = ctx.counts, process_index()
-        padded = gradient.new_zeros(len(counts), max(counts), *gradient.shape[1:])
+        counts, rank, rest = ctx.counts, process_index(), gradient.shape[1:]
+        # A copy of its own: it is summed in place, and autograd may still need the gradient.
+        padded = gradient.new_zeros(len(counts), max(counts), *rest)
         for part, own in zip(padded, gradient.split(counts), strict=True):
             part[: len(own)] = own
         if dist.get_backend() == "gloo":
@@ -114,7 +123,8 @@ class _Gather(torch.autograd.Function):
             dist.all_reduce(padded)
             return padded[rank, : counts[rank]], None
         result = torch.empty_like(padded[0])
-        dist.reduce_scatter(result, list(padded))
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(result, padded.view(-1, *rest))
         return result[: counts[rank]], None
 
 

@@ -8,6 +8,9 @@ from jaxtyping import install_import_hook
 # Before the package is imported: shapes and types of every annotated function are checked as it runs.
 install_import_hook("contrastive_mm", "typecheck.check")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+# Triton's kernels are interpreted where there is no GPU; it looks here when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # torch says some warnings once a process; they are errors here, and must not depend on which test comes first.
 torch.set_warn_always(True)
 

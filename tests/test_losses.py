@@ -10,24 +10,32 @@ import torch
 from contrastive_mm.errors import UserError
 from contrastive_mm.heads import BilinearSimilarity
 from contrastive_mm.losses import (
+    AlignmentLoss,
     BarlowTwinsLoss,
     DCLLoss,
     HardNegativeNTXentLoss,
     InfoNCELoss,
     LearnableTemperature,
+    NegativeCosineLoss,
     NTXentLoss,
+    RingInfoNCELoss,
     SigmoidLoss,
     SupConLoss,
+    SwappedPredictionLoss,
     TripletMarginLoss,
+    UniformityLoss,
     VICRegLoss,
     alignment_loss,
     barlow_twins,
     dcl,
     hard_negative_nt_xent,
     info_nce,
+    negative_cosine,
     nt_xent,
+    ring_info_nce,
     sigmoid_loss,
     supcon,
+    swapped_prediction,
     triplet_margin,
     uniformity_loss,
     use_form,
@@ -313,6 +321,7 @@ def test_a_bilinear_similarity_is_trained_by_the_loss():
     [
         nt_xent,
         dcl,
+        hard_negative_nt_xent,
         lambda a, b, t: info_nce(a, b, temperature=t),
         lambda a, b, t: info_nce(a, b, features(7, 5, seed=4), t, symmetric=True),
         lambda a, b, t: supcon(a, b, LABELS, t),
@@ -356,6 +365,11 @@ def test_modules_are_the_functions_with_options():
         (TripletMarginLoss(margin=0.5)(first, second), triplet_margin(first, second, 0.5)),
         (BarlowTwinsLoss(offdiagonal_weight=0.1)(first, second), barlow_twins(first, second, 0.1)),
         (VICRegLoss(variance=5.0)(first, second), vicreg(first, second, variance=5.0)),
+        (NegativeCosineLoss()(first, second), negative_cosine(first, second)),
+        (AlignmentLoss(power=1.0)(first, second), alignment_loss(first, second, 1.0)),
+        (UniformityLoss(concentration=3.0)(first), uniformity_loss(first, 3.0)),
+        (RingInfoNCELoss(0.2, symmetric=True)(first, second), ring_info_nce(first, second, 0.2, symmetric=True)),
+        (SwappedPredictionLoss(0.2, epsilon=0.1)([first, second]), swapped_prediction([first, second], 2, 0.2, 0.1)),
     ]
     for module, function in pairs:
         assert torch.equal(module, function)

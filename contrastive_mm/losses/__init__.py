@@ -8,14 +8,19 @@ from contrastive_mm.losses.geometry import alignment_loss, uniformity_loss
 from contrastive_mm.losses.info_nce import info_nce
 from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp, two_way_logsumexp, use_form
 from contrastive_mm.losses.modules import (
+    AlignmentLoss,
     BarlowTwinsLoss,
     DCLLoss,
     HardNegativeNTXentLoss,
     InfoNCELoss,
+    NegativeCosineLoss,
     NTXentLoss,
+    RingInfoNCELoss,
     SigmoidLoss,
     SupConLoss,
+    SwappedPredictionLoss,
     TripletMarginLoss,
+    UniformityLoss,
     VICRegLoss,
 )
 from contrastive_mm.losses.nt_xent import dcl, hard_negative_nt_xent, nt_xent
@@ -29,6 +34,11 @@ from contrastive_mm.losses.triplet import triplet_margin
 from contrastive_mm.losses.vicreg import vicreg
 
 __all__ = [
+    "AlignmentLoss",
+    "NegativeCosineLoss",
+    "RingInfoNCELoss",
+    "SwappedPredictionLoss",
+    "UniformityLoss",
     "BarlowTwinsLoss",
     "DCLLoss",
     "HardNegativeNTXentLoss",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 
@@ -39,14 +38,3 @@ class Exclusion:
         if self.row_ids is not None and self.column_ids is not None:
             same = self.row_ids[slice(*rows), None] == self.column_ids[None, slice(*columns)]
             tile.masked_fill_(same, value)
-
-    def mask(self, rows: int, columns: int, device: torch.device) -> Bool[Tensor, "rows columns"] | None:
-        """All left-out pairs at once, for the plain form; None where there are none."""
-        result = None
-        if self.period:
-            row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
-            result = (column[None] - row[:, None] - self.shift) % self.period == 0
-        if self.row_ids is not None and self.column_ids is not None:
-            same = self.row_ids[:, None] == self.column_ids[None]
-            result = same if result is None else result | same
-        return result

@@ -4,8 +4,9 @@ Rows of both sides may be in half precision and carry a factor each in float32, 
 be rounded: s_ij = (x_i . y_j) a_i b_j. All sums are in float32, exponents to base 2. ``fused`` launches them.
 """
 
-# Triton compiles these functions; types and shapes of tensors are not Python's here.
-# mypy: ignore-errors
+# Triton compiles these functions: types and shapes are not Python's here.
+
+from typing import no_type_check
 
 import triton
 import triton.language as tl
@@ -15,6 +16,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+@no_type_check
 def _load(pointer, rows, count, dim, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     offsets = rows.to(tl.int64)[:, None] * dim + columns[None, :]
@@ -22,6 +24,7 @@ def _load(pointer, rows, count, dim, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _factors(pointer, rows, count, HAS_FACTORS: tl.constexpr):
     result = tl.full(rows.shape, 1.0, tl.float32)
     if HAS_FACTORS:
@@ -30,6 +33,7 @@ def _factors(pointer, rows, count, HAS_FACTORS: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _dots(x, y, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """Dot products of the rows of x and y, in float32."""
     if WIDE:  # Triton's interpreter multiplies bfloat16 wrongly
@@ -39,6 +43,7 @@ def _dots(x, y, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _weighted_sum(weights, y, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """Sums of y by weights, in float32. Those of single pairs are too small for float16, which TF32 holds exactly."""
     if WIDE:
@@ -51,6 +56,7 @@ def _weighted_sum(weights, y, WIDE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _compared(
     rows,
     columns,
@@ -75,6 +81,7 @@ def _compared(
 
 
 @triton.jit
+@no_type_check
 def row_dots(x, y, result, count, dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """result_i = x_i . y_i, in float32."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -84,6 +91,7 @@ def row_dots(x, y, result, count, dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
+@no_type_check
 def half_forward(
     x,
     x_factors,
@@ -131,6 +139,7 @@ def half_forward(
 
 
 @triton.jit
+@no_type_check
 def online_forward(
     x,
     y,
@@ -166,7 +175,8 @@ def online_forward(
     """
     go = True
     if SKIP_BELOW_LIMIT:
-        go = tl.load(bound) > LIMIT
+        largest = tl.load(bound)
+        go = (largest > LIMIT) | (largest != largest)  # what is not a number must come out as such
     if go:
         rows = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
         begin = tl.program_id(1) * part
@@ -204,6 +214,7 @@ def online_forward(
 
 
 @triton.jit
+@no_type_check
 def rows_backward(
     x,
     y,

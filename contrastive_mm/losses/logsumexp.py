@@ -7,17 +7,16 @@ candidates (``torch.logaddexp``), weights and masks need no kernel of their own.
 
 Three forms give the same values. ``plain`` holds the matrix of dot products; it is the readable oracle, can be
 differentiated twice, and is taken where the matrix is no larger than one tile (``PLAIN_ELEMENTS``). ``fused`` is taken
-on NVIDIA GPUs for up to 256 dimensions: Triton kernels, tried on a small example first. ``tiled`` is taken for
-everything else, and runs on any device. ``use_form`` chooses by hand.
+on NVIDIA GPUs for up to 256 dimensions (128 in float32): Triton kernels, tried on a small example first. ``tiled`` is
+taken for everything else, and runs on any device. ``use_form`` chooses by hand.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +28,18 @@ from contrastive_mm.losses import operators
 from contrastive_mm.losses.exclusion import Exclusion
 from contrastive_mm.losses.similarity import widen
 
-Form = Literal["auto", "plain", "tiled", "fused"]
+FORMS = ("auto", "plain", "tiled", "fused")
 
 PLAIN_ELEMENTS = 256 * 256
 """Up to this many dot products the plain form is as fast as a single tile."""
 
-_form: contextvars.ContextVar[Form] = contextvars.ContextVar("form", default="auto")
+# A plain variable: the compiler of torch 2.6 can't look into a ContextVar, and compiles anew when this one changes.
+_form = "auto"
 
 
 @contextlib.contextmanager
-def use_form(form: Form) -> Iterator[None]:
-    """Choose how log-sum-exps are computed inside a ``with`` block; the values are the same.
+def use_form(form: str) -> Iterator[None]:
+    """Choose how log-sum-exps are computed inside a ``with`` block, by all threads; the values are the same.
 
     Args:
         form: ``auto``, ``plain`` (holds the matrix, can be differentiated twice), ``tiled`` or ``fused``.
@@ -47,23 +47,24 @@ def use_form(form: Form) -> Iterator[None]:
     Raises:
         UserError: an unknown form; or, from a loss inside, ``fused`` without a GPU that it runs on.
     """
-    if form not in get_args(Form):
-        raise UserError(f"form = {form!r}; it must be one of {', '.join(get_args(Form))}.")
-    token = _form.set(form)
+    if form not in FORMS:
+        raise UserError(f"form = {form!r}; it must be one of {', '.join(FORMS)}.")
+    global _form
+    before, _form = _form, form
     try:
         yield
     finally:
-        _form.reset(token)
+        _form = before
 
 
-def chosen_form() -> Form:
+def chosen_form() -> str:
     """The form that ``use_form`` has chosen."""
-    return _form.get()
+    return _form
 
 
 def is_plain(elements: int) -> bool:
     """Whether so many dot products are to be held at once."""
-    form = _form.get()
+    form = _form
     return form == "plain" or (form == "auto" and elements <= PLAIN_ELEMENTS)
 
 
@@ -84,7 +85,7 @@ def self_logsumexp(
     period = len(features) if period is None else period
     if is_plain(len(features) ** 2):
         return _plain(features, features, Exclusion(period, 0, ids, ids)).logsumexp(1)
-    result: Tensor = operators.self_logsumexp(features, period, ids, _form.get())
+    result: Tensor = operators.self_logsumexp(features, period, ids, _form)
     return result
 
 
@@ -111,7 +112,7 @@ def views_logsumexp(
         prepared = (F.normalize(wide, dim=1) if normalize else wide) * scale.sqrt()
         first, second = prepared.chunk(2)
         return self_logsumexp(prepared, period), (first * second).sum(1)
-    logsumexp, positive, _ = operators.views_logsumexp(features, scale, normalize, period, _form.get())
+    logsumexp, positive, _ = operators.views_logsumexp(features, scale, normalize, period, _form)
     return logsumexp, positive
 
 
@@ -166,11 +167,11 @@ def two_way_logsumexp(
 
 
 def _cross(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = operators.cross_logsumexp(*arguments, _form.get())
+    result: tuple[Tensor, Tensor, Tensor] = operators.cross_logsumexp(*arguments, _form)
     return result
 
 
 def _plain(query: Tensor, key: Tensor, exclusion: Exclusion) -> Tensor:
     logits = query @ key.T
-    mask = exclusion.mask(len(query), len(key), query.device)
-    return logits if mask is None else logits.masked_fill(mask, -math.inf)
+    exclusion.fill_(logits, (0, len(query)), (0, len(key)), -math.inf)
+    return logits

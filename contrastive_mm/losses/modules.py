@@ -13,11 +13,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from contrastive_mm.losses.barlow import barlow_twins
+from contrastive_mm.losses.geometry import alignment_loss, uniformity_loss
 from contrastive_mm.losses.info_nce import info_nce
 from contrastive_mm.losses.nt_xent import dcl, hard_negative_nt_xent, nt_xent
+from contrastive_mm.losses.regression import negative_cosine
+from contrastive_mm.losses.ring import ring_info_nce
 from contrastive_mm.losses.sigmoid import sigmoid_loss
 from contrastive_mm.losses.similarity import LearnableTemperature, Similarity, check_temperature
 from contrastive_mm.losses.supcon import supcon
+from contrastive_mm.losses.swapped import swapped_prediction
 from contrastive_mm.losses.triplet import triplet_margin
 from contrastive_mm.losses.vicreg import vicreg
 
@@ -45,7 +49,7 @@ class TemperatureLoss(nn.Module):
         self.similarity: Similarity = options.pop("similarity", "cosine")
         self.options = options
 
-    def forward(self, *features: Tensor | None, **more: Any) -> Float[Tensor, ""]:
+    def forward(self, *features: Any, **more: Any) -> Float[Tensor, ""]:
         """The function's value; arguments as the function's."""
         temperature = self.temperature() if isinstance(self.temperature, nn.Module) else self.temperature
         options = {**self.options, **more}
@@ -84,10 +88,22 @@ class DCLLoss(TemperatureLoss):
 
 
 class HardNegativeNTXentLoss(TemperatureLoss):
-    """``hard_negative_nt_xent`` as a module; its temperature is a number."""
+    """``hard_negative_nt_xent`` as a module: ``HardNegativeNTXentLoss(0.5, concentration=1.0)(first, second)``."""
 
     function = staticmethod(hard_negative_nt_xent)
     default_temperature = 0.5
+
+
+class RingInfoNCELoss(TemperatureLoss):
+    """``ring_info_nce`` as a module: ``RingInfoNCELoss(0.07, symmetric=True)(query, key)``."""
+
+    function = staticmethod(ring_info_nce)
+
+
+class SwappedPredictionLoss(TemperatureLoss):
+    """``swapped_prediction`` as a module: ``SwappedPredictionLoss(0.1, epsilon=0.05)(scores)``."""
+
+    function = staticmethod(swapped_prediction)
 
 
 class SigmoidLoss(nn.Module):
@@ -126,7 +142,7 @@ class PlainLoss(nn.Module):
         super().__init__()
         self.options = options
 
-    def forward(self, *features: Tensor, **more: Any) -> Float[Tensor, ""]:
+    def forward(self, *features: Any, **more: Any) -> Float[Tensor, ""]:
         """The function's value; arguments as the function's."""
         return type(self).function(*features, **{**self.options, **more})
 
@@ -151,3 +167,21 @@ class VICRegLoss(PlainLoss):
     """``vicreg`` as a module: ``VICRegLoss(invariance=25.0)(first, second)``."""
 
     function = staticmethod(vicreg)
+
+
+class NegativeCosineLoss(PlainLoss):
+    """``negative_cosine`` as a module: ``NegativeCosineLoss()(prediction, target)``."""
+
+    function = staticmethod(negative_cosine)
+
+
+class AlignmentLoss(PlainLoss):
+    """``alignment_loss`` as a module: ``AlignmentLoss(power=2.0)(first, second)``."""
+
+    function = staticmethod(alignment_loss)
+
+
+class UniformityLoss(PlainLoss):
+    """``uniformity_loss`` as a module: ``UniformityLoss(concentration=2.0)(features)``."""
+
+    function = staticmethod(uniformity_loss)

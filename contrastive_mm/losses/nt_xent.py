@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal
 
 import torch
@@ -111,7 +112,7 @@ def dcl(
 def hard_negative_nt_xent(
     first: Float[Tensor, "batch dim"],
     second: Float[Tensor, "batch dim"],
-    temperature: float = 0.5,
+    temperature: Temperature = 0.5,
     concentration: float = 1.0,
     positive_prior: float = 0.1,
 ) -> Float[Tensor, ""]:
@@ -125,7 +126,7 @@ def hard_negative_nt_xent(
     Args:
         first: (N, D) features of the first view.
         second: (N, D) features of the second view.
-        temperature: T, above 0.
+        temperature: T, above 0; a tensor receives its gradient.
         concentration: beta, at least 0; larger weighs hard negatives more.
         positive_prior: tau, the probability that a random sample is of the anchor's class, in [0, 1).
 
@@ -146,14 +147,13 @@ def hard_negative_nt_xent(
         if concentration > 0:
             weighted = weighted - self_logsumexp(views.own * concentration**0.5, len(first))
         else:
-            weighted = weighted - torch.tensor(float(negatives)).log().to(weighted)
+            weighted = weighted - math.log(negatives)
         positive = views.positive_similarity(None)
         # All terms relative to exp(1 / T), the largest that a cosine gives, so that no temperature overflows.
-        top = 1.0 / float(temperature)
-        mean = (weighted - top).exp() - positive_prior * (positive - top).exp()
-        floor = torch.exp(torch.tensor(-2 * top)).to(mean)
-        total = negatives * (mean / (1 - positive_prior)).clamp_min(floor)
-        return views.mean(torch.log((positive - top).exp() + total) + top - positive)
+        mean = (weighted - views.scale).exp() - positive_prior * (positive - views.scale).exp()
+        floor = (-2 * views.scale).exp()
+        total = negatives * torch.maximum(mean / (1 - positive_prior), floor)
+        return views.mean(torch.log((positive - views.scale).exp() + total) + views.scale - positive)
 
 
 class _Views:

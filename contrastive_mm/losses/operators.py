@@ -22,10 +22,10 @@ def engine(form: str, features: Tensor) -> ModuleType:
     """
     if form == "fused":
         if not fused.fits(features):
+            limits = ", ".join(f"{str(dtype)[6:]} up to D = {dim}" for dtype, dim in fused.LARGEST_DIM.items())
             raise UserError(
-                f"The fused form takes float32, bfloat16 or float16 features of at most {fused.LARGEST_DIM} "
-                f"dimensions on an NVIDIA GPU of capability {fused.OLDEST_CAPABILITY[0]}.0 or newer, with Triton "
-                f"installed; these are {features.dtype} with D = {features.shape[1]} on {features.device}. "
+                f"The fused form takes {limits} on an NVIDIA GPU from capability {fused.OLDEST_CAPABILITY[0]}.0 on, "
+                f"with Triton installed; these are {features.dtype} of D = {features.shape[1]} on {features.device}. "
                 "Leave the form to 'auto', or take 'tiled'."
             )
         return fused

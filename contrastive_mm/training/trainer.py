@@ -1,21 +1,16 @@
-"""The one training loop of every domain, on Hugging Face Accelerate."""
+"""The one training loop of every domain: schedule, log, checkpoints, exact resume."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from contrastive_mm.batches import Batches
@@ -31,155 +26,11 @@ from contrastive_mm.errors import NotFiniteError, TrainingError, UserError
 from contrastive_mm.methods.base import Method, Objective
 from contrastive_mm.metrics import MetricsLog
 from contrastive_mm.progress import progress
+from contrastive_mm.training.accelerator import make_accelerator
+from contrastive_mm.training.config import TrainerConfig
+from contrastive_mm.training.optimization import build_optimizer, scheduled_rate
+from contrastive_mm.training.updater import Updater
 from contrastive_mm.views import ViewMaker
-
-Precision = Literal["no", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """How a method is trained, in any domain."""
-
-    epochs: int = 100
-    """Passes over the training data."""
-    steps: int | None = None
-    """Optimizer steps; takes the place of epochs where it is given."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with momentum 0.9."""
-    learning_rate: float = 1e-3
-    """Peak of the schedule."""
-    weight_decay: float = 1e-4
-    """Not applied to biases and normalisation layers."""
-    warmup_share: float = 0.05
-    """Part of the run in which the learning rate rises linearly; a cosine to 0 follows."""
-    gradient_clip: float | None = None
-    """Largest norm of the gradient; None leaves it as it is."""
-    precision: Precision = "no"
-    """Mixed precision: bf16 on newer CPUs and GPUs, fp16 (with gradient scaling) on GPUs. Losses stay in float32."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes the GPU where there is one."""
-    seed: int = 0
-    """Decides initial weights, data order, views and dropout."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; the last step always writes one."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
-    diagnose: bool = True
-    """Watch for collapse and other failures: log the geometry of the features and say in one line what is wrong."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least 1.")
-        if not 0 < self.learning_rate < math.inf:
-            raise UserError(f"--learning-rate = {self.learning_rate}; it must be a number above 0.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"--weight-decay = {self.weight_decay}; it must be 0 or above.")
-        if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise UserError(f"--gradient-clip = {self.gradient_clip}; it must be above 0. Leave it out not to clip.")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed = {self.seed}; it must lie between 0 and 2^63 - 1.")
-        if not 0 <= self.warmup_share < 1:
-            raise UserError(f"--warmup-share = {self.warmup_share}; it must lie in [0, 1).")
-
-
-def make_accelerator(precision: Precision = "no", device: Literal["auto", "cpu"] = "auto") -> Accelerator:
-    """An Accelerator for one process.
-
-    Accelerate keeps one precision and one device for all Accelerators of a process. Where another one is asked for
-    here, those that were made before go over to it too: finish with one before the next, as the demo does.
-
-    Raises:
-        UserError: fp16 without a GPU, or a launch with several processes, which this version does not train in.
-    """
-    if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
-        raise UserError("--precision fp16 needs a GPU; on this device use bf16 or no.")
-    known = AcceleratorState._shared_state
-    if known and (known.get("_mixed_precision") != precision or known.get("_cpu") != (device == "cpu")):
-        AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"Launched with {accelerator.num_processes} processes, but this version trains in one: negatives are "
-            "not yet shared among processes. Start it without `accelerate launch`."
-        )
-    return accelerator
-
-
-def build_optimizer(method: nn.Module, config: TrainerConfig) -> Optimizer:
-    """AdamW or SGD over the trainable parameters, without weight decay on biases and normalisation layers."""
-    trainable = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-
-
-def scheduled_rate(config: TrainerConfig, step: int, total: int) -> float:
-    """Learning rate of step 0..total-1: a linear warm-up, then half a cosine down towards 0."""
-    warmup = int(config.warmup_share * total)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-
-
-class Updater:
-    """One optimizer step of a method on one raw batch, for loops of your own (an agent's update, say).
-
-    Args:
-        method: trained in place; moved to the accelerator's device.
-        optimizer: over the method's parameters.
-        make_views: turns a raw batch into views.
-        accelerator: device and precision; by default float32 on the GPU where there is one.
-        gradient_clip: largest norm of the gradient.
-    """
-
-    def __init__(
-        self,
-        method: Method,
-        optimizer: Optimizer,
-        make_views: ViewMaker,
-        accelerator: Accelerator | None = None,
-        gradient_clip: float | None = None,
-    ) -> None:
-        self.accelerator = accelerator or make_accelerator()
-        self.method = method
-        self.make_views = make_views
-        self.gradient_clip = gradient_clip
-        self.on_objective: Callable[[Objective], None] | None = None
-        """Called with each step's objective before anything is updated; it may read and must not write."""
-        self._forward: nn.Module = self.accelerator.prepare(method)
-        self.optimizer: Any = self.accelerator.prepare(optimizer)
-
-    def step(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Views, objective, backward, optimizer, then the method's ``after_step``.
-
-        Args:
-            batch: the raw batch; moved to the device here.
-
-        Returns:
-            The loss and the method's metrics as detached scalars, still on the device.
-        """
-        views = self.make_views(send_to_device(batch, self.accelerator.device))
-        objective = self._forward(views)
-        if self.on_objective is not None:
-            self.on_objective(objective)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(objective.loss)
-        metrics = {"loss": objective.loss.detach(), **objective.metrics}
-        if self.gradient_clip is not None:
-            norm = self.accelerator.clip_grad_norm_(self.method.parameters(), self.gradient_clip)
-            metrics["gradient_norm"] = torch.as_tensor(norm)
-        self.optimizer.step()
-        self.method.after_step()
-        return metrics
 
 
 class Trainer:
@@ -241,16 +92,7 @@ class Trainer:
             UserError: ``output`` holds a run that was not taken up.
             TrainingError: the loss or a weight is not finite; the last checkpoint stays as it was.
         """
-        if resume:
-            self.restore()
-        elif self.step == 0 and (self.checkpoints.paths() or self.log.last()):
-            raise UserError(
-                f"{self.output} already holds a run. Continue it with train(resume=True), or give another folder."
-            )
-        self.method.train()
-        if self.finished:
-            # The last checkpoint may have been written just before a kill, and the encoder not.
-            save_encoder(self.method.encoder, self.output / "encoder.safetensors")
+        self._begin(resume)
         last: dict[str, float] = self.log.last() if self.finished else {}
         samples = 0
         began, before = time.perf_counter(), self.seconds
@@ -276,6 +118,18 @@ class Trainer:
             "seconds": self.seconds,
             "samples_per_second": last.get("samples_per_second", float("nan")),
         }
+
+    def _begin(self, resume: bool) -> None:
+        if resume:
+            self.restore()
+        elif self.step == 0 and (self.checkpoints.paths() or self.log.last()):
+            raise UserError(
+                f"{self.output} already holds a run. Continue it with train(resume=True), or give another folder."
+            )
+        self.method.train()
+        if self.finished:
+            # The last checkpoint may have been written just before a kill, and the encoder not.
+            save_encoder(self.method.encoder, self.output / "encoder.safetensors")
 
     @property
     def finished(self) -> bool:
