@@ -136,18 +136,18 @@ def _concatenate(views: list[Inputs]) -> Inputs:
     return {name: torch.cat([view[name] for view in mappings]) for name in names}
 
 
-def encode_views(encoder: Callable[[Any], Any], inputs: tuple[Inputs, ...]) -> list[Float[Tensor, "batch dim"]]:
+def encode_views(encoder: Callable[[Any], Any], inputs: tuple[Inputs, ...]) -> list[Float[Tensor, "batch ..."]]:
     """Encode several views, all views of one size in one forward pass.
 
     One pass over both views is faster than two, and BatchNorm then sees the statistics of all views together,
     as in SimCLR (Chen et al. 2020, section 2.1) and SwAV's multi-crop.
 
     Args:
-        encoder: maps (B, ...) to (B, D).
+        encoder: maps (B, ...) to pooled (B, D) or dense (B, T, D) features.
         inputs: the views; those of equal shape are concatenated along the rows.
 
     Returns:
-        The (B, D) output for each view, in the order of ``inputs``.
+        The (B, D) or (B, T, D) output for each view, in the order of ``inputs``; T may differ from view to view.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, view in enumerate(inputs):

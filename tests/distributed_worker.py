@@ -89,6 +89,7 @@ CASES = {
         a, None, part.matrix(WEIGHTS * (part.owner > 0)), t, gather=True
     ),
     "sigmoid": lambda a, b, t, part: sigmoid_loss(a, b, t, -2.0, gather=True),
+    "sigmoid, learned bias": lambda a, b, t, part: sigmoid_loss(a, b, t, -10 * t, gather=True),
     # The distance of what the temperature divides gives it a gradient too.
     "triplet": lambda a, b, t, part: triplet_margin(a / t, b, normalize=False, gather=True),
     "triplet, hard": lambda a, b, t, part: triplet_margin(

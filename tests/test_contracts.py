@@ -170,31 +170,6 @@ def test_views_may_differ_in_kind(make_method):
     assert method.encoder.filling.abs().sum() > 0, "the corrupted view reaches its own parameters"
 
 
-class TwoTowers(nn.Module):
-    """One encoder for each kind of view, told apart by the view's names."""
-
-    feature_dim = 8
-
-    def __init__(self):
-        super().__init__()
-        self.towers = nn.ModuleDict({"left": LinearEncoder(4), "right": LinearEncoder(2)})
-
-    def forward(self, inputs):
-        ((name, tensor),) = inputs.items()
-        return self.towers[name](tensor)
-
-
-def test_two_different_encoders_stand_behind_one_method():
-    def halves(batch):
-        return Views(({"left": batch["x"][:, :4]}, {"right": batch["x"][:, 4:]}))
-
-    method = SimCLR(TwoTowers())
-    before = [parameter.detach().clone() for parameter in method.encoder.parameters()]
-    make_updater(method, halves).step({"x": DATA})
-    for old, new in zip(before, method.encoder.parameters(), strict=True):
-        assert not torch.equal(old, new)
-
-
 def test_weights_are_averaged_beside_the_momentum_encoder():
     method = moco(LinearEncoder())
     updater = make_updater(method, lambda batch: Views((batch["x"], batch["x"] + 0.1)))

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from contrastive_mm.distributed import gather_rows, process_index
 from contrastive_mm.memory import FeatureQueue, InstanceBank
 from contrastive_mm.methods.moco import MoCo, MoCoConfig
+from contrastive_mm.methods.swav import SwAV, SwAVConfig
 from contrastive_mm.views import Views
 
 # Rows of each process, step by step: none, uneven, more than a queue of 8 holds.
@@ -57,6 +58,32 @@ def train_moco(rank):
     return method.state_dict()
 
 
+def train_swav(ranks, wrap=lambda method: method):
+    """Five steps on the rows of these ranks; BatchNorm is left out, since every process has its own statistics."""
+    torch.manual_seed(0)
+    config = SwAVConfig(
+        num_prototypes=5,
+        projection_layers=1,
+        projection_dim=4,
+        queue_size=8,
+        queue_start_steps=2,
+        freeze_prototypes_steps=1,
+    )
+    method = SwAV(LinearEncoder(), config)
+    wrapped = wrap(method)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.5)
+    used = []
+    for step in range(5):
+        seeds = [torch.Generator().manual_seed(10 * step + rank) for rank in ranks]
+        rows = [torch.randn(2, 2 + rank, 6, generator=seed) for rank, seed in zip(ranks, seeds, strict=True)]
+        used.append(method._queue_scores() is not None)
+        wrapped(Views(tuple(torch.cat(rows, dim=1)))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step()
+    return {**method.state_dict(), "used": used}
+
+
 def work(rank):
     bank = InstanceBank(1000, 4)
     return {
@@ -68,6 +95,8 @@ def work(rank):
         "negatives": bank.sample_negatives(3, 8),
         "after drawing": bank.state_dict(),
         "moco": train_moco(rank),
+        # Nothing is copied from the first process: the queues must come out equal by themselves.
+        "swav": train_swav([rank], lambda method: DistributedDataParallel(method, broadcast_buffers=False)),
     }
 
 
@@ -117,6 +146,16 @@ def test_a_momentum_method_trains_to_the_same_state_on_all_processes(ranks):
     queue = ranks[0]["moco"]["queue._extra_state"]
     assert (queue["filled"], queue["cursor"]) == (7, 3 * 2 * 5 % 7), "both processes' rows, in two batches a step"
     assert ranks[0]["moco"]["momentum_encoder._extra_state"] == {"updates": 3}
+
+
+def test_swav_with_queues_trains_to_the_state_of_one_process_with_all_rows(ranks):
+    one = train_swav([0, 1])
+    assert one["used"] == [False, False, True, True, True]
+    same(ranks[0]["swav"], ranks[1]["swav"])
+    for result in ranks:
+        for name, value in one.items():
+            torch.testing.assert_close(result["swav"][name], value, msg=lambda said, name=name: f"{name}: {said}")
+    assert one["queues.0._extra_state"] == {"filled": 8, "cursor": 5 * 5 % 8}, "both processes' rows"
 
 
 def test_one_process_gathers_its_own_rows():

@@ -42,6 +42,26 @@ def test_mappings_are_joined_name_by_name():
     assert second.flatten().tolist() == [10, 10, 10]
 
 
+def test_dense_features_share_a_pass_and_stay_with_their_view_sample_and_step():
+    class Dense(torch.nn.Linear):
+        def forward(self, series):
+            calls.append(len(series))
+            return super().forward(series)
+
+    calls = []
+    torch.manual_seed(0)
+    encoder = Dense(3, 8)
+    series = torch.randn(5, 9, 3)
+    # Parts of the same series, of six, four and six steps.
+    parts = [slice(0, 6), slice(2, 6), slice(3, 9)]
+    outputs = encode_views(encoder, tuple(series[:, part] for part in parts))
+    assert calls == [10, 5], "one pass for both views of six steps"
+    assert [tuple(output.shape) for output in outputs] == [(5, 6, 8), (5, 4, 8), (5, 6, 8)]
+    whole = encoder(series)
+    for part, output in zip(parts, outputs, strict=True):
+        torch.testing.assert_close(output, whole[:, part])
+
+
 def test_bad_views_are_named():
     with pytest.raises(UserError, match="at least one view"):
         Views(())
