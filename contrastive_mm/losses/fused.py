@@ -2,8 +2,9 @@
 
 The forward pass of rows among themselves computes half of the tiles; the backward pass goes row by row over all of
 them, which is deterministic and needs no atomic additions. Under ``torch.use_deterministic_algorithms`` the forward
-pass goes over all tiles too. Features in half precision are multiplied as they are and added up in float32. For float32 features the products follow ``torch.get_float32_matmul_precision()``: with
-``highest`` three TensorFloat32 products stand for one in float32 (22 of its 24 bits), otherwise one does.
+pass goes over all tiles too. Features in half precision are multiplied as they are and added up in float32. For
+float32 features the products follow ``torch.get_float32_matmul_precision()``: with ``highest`` three TensorFloat32
+products stand for one in float32 (22 of its 24 bits), otherwise one does.
 """
 
 from __future__ import annotations
