@@ -121,7 +121,8 @@ def hard_negative_nt_xent(
     The sum over the M = 2N - 2 negatives becomes :math:`N_g = (M \cdot E - \tau M e^{s_p}) / (1 - \tau)`, at least
     :math:`M e^{-1/T}`, with :math:`E = \sum_k e^{(1 + \beta) s_k} / \sum_k e^{\beta s_k}`. With
     ``concentration`` 0 it is the debiased loss of Chuang et al. 2020 (arXiv 2007.00224). As in the released code, the
-    weights :math:`e^{\beta s}` carry gradient too. In one process.
+    weights :math:`e^{\beta s}` carry gradient too. In one process, and without ``Positives``: the prior stands for
+    the positives that nobody has named, and both papers define the estimate for one named positive a row.
 
     Args:
         first: (N, D) features of the first view.
