@@ -133,7 +133,7 @@ def test_a_temperature_that_is_too_high_is_named_with_its_size(tmp_path, name):
     ("name", "options"),
     [
         ("simclr", {"learning_rate": 100.0, "optimizer": "sgd"}),
-        ("simcse", {"learning_rate": 1.0, "optimizer": "adamw"}),
+        ("simcse", {"learning_rate": 10.0, "optimizer": "adamw"}),
         ("curl", {"learning_rate": 3.0, "optimizer": "sgd", "gradient_clip": 1.0}),
     ],
 )
