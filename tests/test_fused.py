@@ -16,6 +16,7 @@ import torch
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses import (
+    availability,
     cross_logsumexp,
     dcl,
     fused,
@@ -206,22 +207,22 @@ def test_kernels_that_give_wrong_values_are_not_trusted(monkeypatch, name, mista
         result = right(*arguments)
         return tuple(part * mistake for part in result) if isinstance(result, tuple) else result * mistake
 
-    fused.is_trusted.cache_clear()
-    assert fused.is_trusted(torch.device(DEVICE), torch.float32, 24)
-    assert fused.is_trusted(torch.device(DEVICE), torch.bfloat16, 24)
+    availability.is_trusted.cache_clear()
+    assert availability.is_trusted(torch.device(DEVICE), torch.float32, 24)
+    assert availability.is_trusted(torch.device(DEVICE), torch.bfloat16, 24)
     monkeypatch.setattr(fused, name, wrong)
     with pytest.warns(UserWarning, match="wrong values"):
-        assert not fused.is_trusted(torch.device(DEVICE), torch.float32, 23)
+        assert not availability.is_trusted(torch.device(DEVICE), torch.float32, 23)
 
 
 def test_kernels_that_do_not_compile_are_not_trusted(monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no such instruction")
 
-    fused.is_trusted.cache_clear()
+    availability.is_trusted.cache_clear()
     monkeypatch.setattr(fused, "self_forward", broken)
     with pytest.warns(UserWarning, match="no such instruction.*tiled form is used"):
-        assert not fused.is_trusted(torch.device(DEVICE), torch.float32, 24)
+        assert not availability.is_trusted(torch.device(DEVICE), torch.float32, 24)
 
 
 def test_kernels_compile_for_ampere_and_hopper_and_fit_into_their_memory():

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from contrastive_mm.losses import fused, kernels
+from contrastive_mm.losses import availability, fused, kernels
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 NUMBERS = ["row_count", "column_count", "count", "dim", "period", "shift", "part", "pairs", "group"]
@@ -77,10 +77,10 @@ def main():
     ]
     targets = [(torch.float32, 90), (torch.bfloat16, 80)]
     if sys.argv[1:] == ["all"]:
-        targets = [(dtype, capability) for dtype in fused.LARGEST_DIM for capability in (80, 90)]
+        targets = [(dtype, capability) for dtype in availability.LARGEST_DIM for capability in (80, 90)]
     result = []
     for dtype, capability in targets:
-        features = torch.empty(1, fused.LARGEST_DIM[dtype], dtype=dtype)
+        features = torch.empty(1, availability.LARGEST_DIM[dtype], dtype=dtype)
         result += [compile_for(kernel, capability, features, constants) for kernel, constants in cases]
     print(json.dumps(result))
 

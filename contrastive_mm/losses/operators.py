@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.losses import fused, tiled
+from contrastive_mm.losses import availability, fused, tiled
 from contrastive_mm.losses.exclusion import Exclusion
 from contrastive_mm.losses.operation import Operation
 
@@ -21,16 +21,16 @@ def engine(form: str, features: Tensor) -> ModuleType:
         UserError: ``fused`` is asked for and doesn't fit.
     """
     if form == "fused":
-        if not fused.fits(features):
-            limits = ", ".join(f"{str(dtype)[6:]} up to D = {dim}" for dtype, dim in fused.LARGEST_DIM.items())
+        if not availability.fits(features):
+            limits = ", ".join(f"{str(dtype)[6:]} up to D = {dim}" for dtype, dim in availability.LARGEST_DIM.items())
             raise UserError(
-                f"The fused form takes {limits} on an NVIDIA GPU from capability {fused.OLDEST_CAPABILITY[0]}.0 on, "
+                f"The fused form takes {limits} on an NVIDIA GPU of the Ampere generation or later, "
                 f"with Triton installed; these are {features.dtype} of D = {features.shape[1]} on {features.device}. "
                 "Leave the form to 'auto', or take 'tiled'."
             )
         return fused
-    if form == "auto" and features.is_cuda and fused.fits(features):
-        return fused if fused.is_trusted(features.device, features.dtype, features.shape[1]) else tiled
+    if form == "auto" and features.is_cuda and availability.fits(features):
+        return fused if availability.is_trusted(features.device, features.dtype, features.shape[1]) else tiled
     return tiled
 
 
