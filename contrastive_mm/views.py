@@ -36,8 +36,9 @@ class Views:
         num_global: how many views are full ones.
         sample_ids: (B,) number of each sample in its data set, for banks that keep one slot a sample.
         labels: (B,) class of each sample, for supervised positives; None where there is none.
-        positives: which rows of the other view belong with a row, where that is not simply the same row: mixed
-            samples, groups, soft weights, neighbours in time.
+        positives: how much row j of the second view belongs with row i of the first, where it is not simply the same
+            row: mixed samples, groups, soft weights, neighbours in time. Methods that regress or cluster, and NPID,
+            refuse it; all others take it.
 
     Raises:
         UserError: no view at all, views of different numbers of rows, or ``num_global`` out of range.
@@ -75,6 +76,22 @@ class Views:
         if len(self.inputs) != 2:
             raise UserError(f"{method} compares exactly 2 views, but the view maker gave {len(self.inputs)}.")
         return self.inputs[0], self.inputs[1]
+
+    def directions(self) -> tuple[Positives | None, Positives | None]:
+        """``positives`` of the first view's rows in the second, and of the second view's rows in the first."""
+        return self.positives, None if self.positives is None else self.positives.transposed()
+
+    def refuse_positives(self, method: str) -> None:
+        """For methods that have no use for ``positives``, which would train as if there were none.
+
+        Raises:
+            UserError: there are some.
+        """
+        if self.positives is not None:
+            raise UserError(
+                f"{method} holds each row against its own sample only, and takes no Views.positives (mixed views, "
+                "groups, ...): leave them out, or choose a method that compares a batch's samples, such as simclr."
+            )
 
 
 @runtime_checkable

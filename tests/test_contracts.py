@@ -8,9 +8,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from contrastive_mm.batches import ShuffledBatches
 from contrastive_mm.evaluation import extract_features
-from contrastive_mm.methods import MoCo, MoCoConfig, SimCLR
+from contrastive_mm.losses import nt_xent
+from contrastive_mm.methods import Method, MoCo, MoCoConfig, Objective, SimCLR
+from contrastive_mm.positives import Positives
 from contrastive_mm.training import Trainer, TrainerConfig, Updater, make_accelerator
-from contrastive_mm.views import RandomStream, Views
+from contrastive_mm.views import RandomStream, Views, encode_views
 
 DATA = torch.randn(24, 6, generator=torch.Generator().manual_seed(3))
 SERIES = torch.randn(16, 10, 3, generator=torch.Generator().manual_seed(4))
@@ -102,6 +104,34 @@ def test_a_dense_encoder_is_trained_through_a_pooling_wrapper_and_stays_dense():
     whole = {"series": SERIES, "present": torch.ones(16, 10, dtype=torch.bool)}
     pooled = extract_features(method.encoder, [whole])
     torch.testing.assert_close(pooled, dense(SERIES).mean(1).detach())
+
+
+class TimeContrast(Method):
+    """Every step of a series is a sample; steps near in time, of the same series, belong together."""
+
+    config_class = dict
+    window = 1.0
+
+    def forward(self, views):
+        pair = views.require_pair("TimeContrast")
+        first, second = (features.flatten(0, 1) for features in encode_views(self.encoder, pair))
+        rows, steps = pair[0].shape[:2]
+        series = torch.arange(rows).repeat_interleave(steps)
+        together = Positives.within(torch.arange(steps).float().repeat(rows), self.window, series)
+        return Objective(nt_xent(first, second, 0.2, positives=together), features=(first, second))
+
+
+def test_dense_features_are_trained_with_positives_in_a_window_of_time():
+    dense = DenseEncoder()
+    dense.feature_dim = 8
+    method = TimeContrast(dense, {})
+    updater = make_updater(method, lambda batch: Views((batch["series"][:, :8], batch["series"][:, 2:])))
+    losses = [updater.step({"series": SERIES.cumsum(1)})["loss"].item() for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.1
+    views = Views((SERIES[:, :8], SERIES[:, 2:]))
+    narrow = method(views).loss.item()
+    method.window = 3.0
+    assert method(views).loss.item() != pytest.approx(narrow, rel=1e-3), "a wider window has more positives"
 
 
 class StandardisedViews:

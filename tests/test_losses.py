@@ -432,10 +432,16 @@ def test_options_that_do_not_fit_are_named(options, message):
 
 COMPILED = """
 import torch
-from contrastive_mm.losses import info_nce, nt_xent
+from contrastive_mm.losses import dcl, info_nce, nt_xent
+from contrastive_mm.positives import Positives
 
 first, second = torch.randn(200, 8, requires_grad=True), torch.randn(200, 8)
-for loss in (nt_xent, lambda a, b: info_nce(a, b, b, 0.2, symmetric=True)):
+mixed = {"positives": Positives.mixed(torch.arange(200).roll(1), torch.full((200,), 0.7))}
+for loss in (
+    nt_xent,
+    lambda a, b: info_nce(a, b, b, 0.2, symmetric=True),
+    lambda a, b: info_nce(a, b, **mixed) + nt_xent(a, b, **mixed) + dcl(a, b, **mixed),
+):
     (eager,) = torch.autograd.grad(loss(first, second), first)
     whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
     (compiled,) = torch.autograd.grad(whole(first, second), first)

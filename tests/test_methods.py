@@ -13,7 +13,6 @@ from contrastive_mm.losses import info_nce, nt_xent
 from contrastive_mm.losses.barlow import barlow_twins
 from contrastive_mm.losses.vicreg import vicreg
 from contrastive_mm.methods import METHODS, SwAVConfig, get_method, nnclr
-from contrastive_mm.positives import Positives
 from contrastive_mm.views import Views
 
 CLUSTERS, SIGNAL, NOISE = 8, 6, 10
@@ -435,22 +434,3 @@ def test_the_momentum_of_scheduled_methods_rises_to_one():
         assert method.momentum_encoder.current_momentum == pytest.approx(0.9)
         train(method, 20)
         assert method.momentum_encoder.current_momentum == 1.0
-
-
-MIXED = ["curl", "moco", "moco-v3", "simclr", "simclr-v2", "simcse"]
-
-
-@pytest.mark.parametrize("name", MIXED)
-def test_mixed_views_have_two_positives(name, generator):
-    method = build(name)
-    inputs = make_views(8, generator).inputs
-    partner, share = torch.arange(8).flip(0), torch.full((8,), 0.7)
-    plain = Views(inputs)
-    same = Views(inputs, positives=Positives.mixed(partner, torch.ones(8)))
-    soft = Views(inputs, positives=Positives.mixed(partner, share))
-    if name != "moco":  # whose only candidates are otherwise in its queue
-        assert float(method(same).loss.detach()) == pytest.approx(float(method(plain).loss.detach()), rel=1e-5)
-    matrix = 0.7 * torch.eye(8) + 0.3 * torch.eye(8).flip(0)
-    dense = Views(inputs, positives=Positives.weighted(matrix))
-    assert float(method(soft).loss.detach()) == pytest.approx(float(method(dense).loss.detach()), rel=1e-5)
-    assert float(method(soft).loss.detach()) != pytest.approx(float(method(same).loss.detach()), rel=1e-4)

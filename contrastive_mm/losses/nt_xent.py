@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Literal
 
@@ -121,7 +120,8 @@ def hard_negative_nt_xent(
     The sum over the M = 2N - 2 negatives becomes :math:`N_g = (M \cdot E - \tau M e^{s_p}) / (1 - \tau)`, at least
     :math:`M e^{-1/T}`, with :math:`E = \sum_k e^{(1 + \beta) s_k} / \sum_k e^{\beta s_k}`. With
     ``concentration`` 0 it is the debiased loss of Chuang et al. 2020 (arXiv 2007.00224). As in the released code, the
-    weights :math:`e^{\beta s}` carry gradient too. In one process.
+    weights :math:`e^{\beta s}` carry gradient too. In one process, and without ``Positives``: the prior stands for
+    the positives that nobody has named, and both papers define the estimate for one named positive a row.
 
     Args:
         first: (N, D) features of the first view.
@@ -172,6 +172,7 @@ class _Views:
         scale = scale_of(temperature, like)
         self.scale = scale.reshape(1) if isinstance(scale, Tensor) else like.new_full((1,), scale)
         self.count = len(first)
+        self._own: Tensor | None = None
         self.gathered: tuple[Gathered, Gathered] | None = None
         if gather and process_count() > 1:
             gathered = gather_with_gradient(self.own[: self.count])
@@ -179,10 +180,13 @@ class _Views:
         elif self.count < 2:
             raise UserError("NT-Xent needs at least 2 samples: `first` has 1, which leaves it without negatives.")
 
-    @functools.cached_property
+    @property
     def own(self) -> Tensor:
         """(2n, D) this process's rows, prepared so that dot products are similarities over T."""
-        return prepare_key(self.features, self.similarity) * self.scale.sqrt()
+        # Kept by hand: functools.cached_property locks, which torch.compile can't follow.
+        if self._own is None:
+            self._own = prepare_key(self.features, self.similarity) * self.scale.sqrt()
+        return self._own
 
     def terms(self, spare_positives: bool, positives: Positives | None = None) -> tuple[Tensor, Tensor]:
         """(2n,) log-sum-exps over all views but the row itself, or but all views of its sample; (2n,) similarities."""

@@ -53,10 +53,13 @@ class DCL(Method):
             second,
             self.options.temperature,
             weight_concentration=self.options.weight_concentration,
+            positives=views.positives,
             gather=True,
         )
         metrics = {"positive_similarity": positive_similarity(first, second)}
-        return Objective(loss, metrics, features=(first, second), candidates=2 * len(first) - 2)
+        # With positives their number differs from row to row.
+        candidates = 2 * len(first) - 2 if views.positives is None else None
+        return Objective(loss, metrics, features=(first, second), candidates=candidates)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

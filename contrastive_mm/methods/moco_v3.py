@@ -65,8 +65,10 @@ class MoCoV3(Method):
         pair = views.require_pair("MoCo v3")
         first, second = encode_views(nn.Sequential(self.encoder, self.projector, self.predictor), pair)
         first_key, second_key = encode_views(self.momentum_encoder, pair)
-        options: dict[str, Any] = {"temperature": self.temperature, "positives": views.positives, "gather": True}
-        losses = info_nce(first, second_key, **options) + info_nce(second, first_key, **options)
+        options: dict[str, Any] = {"temperature": self.temperature, "gather": True}
+        forth, back = views.directions()
+        losses = info_nce(first, second_key, positives=forth, **options)
+        losses = losses + info_nce(second, first_key, positives=back, **options)
         metrics = {"positive_similarity": positive_similarity(first, second_key)}
         return Objective(2 * self.temperature * losses, metrics, features=(first, second_key))
 

@@ -63,8 +63,16 @@ class NNCLR(Method):
         first, second = (F.normalize(view.float(), dim=1) for view in projected)
         predicted_first, predicted_second = (self.predictor(view) for view in projected)
         losses = [
-            info_nce(self._neighbour(view.detach()), prediction, temperature=self.temperature, gather=True)
-            for view, prediction in ((first, predicted_second), (second, predicted_first))
+            info_nce(
+                self._neighbour(view.detach()),
+                prediction,
+                temperature=self.temperature,
+                positives=positives,
+                gather=True,
+            )
+            for view, prediction, positives in zip(
+                (first, second), (predicted_second, predicted_first), views.directions(), strict=True
+            )
         ]
         if self.training:
             self._new_keys.append(first.detach())

@@ -44,7 +44,9 @@ class NPID(Method):
 
     A view's feature behind one linear layer is told from noise samples of the bank: with ``h`` the posterior
     probability that a feature is the sample's own (equation 5), the loss is the noise-contrastive one (equation 7).
-    Features of all views of a step are mixed into their samples' slots afterwards. Needs ``Views.sample_ids``.
+    Features of all views of a step are mixed into their samples' slots afterwards. Needs ``Views.sample_ids``, and
+    refuses ``Views.positives``: they relate the rows of two views, and views are compared with slots here. A mixed
+    view would be written into the slot of one sample, and spoil it.
 
     Where paper and released code disagree (how slots are written, over what the normaliser is averaged) is said at
     ``InstanceBank``. The paper's proximal term (section 3.3) is left out, as in the code.
@@ -67,6 +69,7 @@ class NPID(Method):
         Raises:
             UserError: the views carry no sample ids, or one outside the bank.
         """
+        views.refuse_positives("NPID")
         ids = views.sample_ids
         if ids is None:
             raise UserError("NPID keeps a slot a sample and needs Views.sample_ids: let the batch carry its `index`.")

@@ -90,10 +90,10 @@ class SimCLRV2(Method):
                 negatives=negatives,
                 temperature=self.temperature,
                 similarity="dot",
-                positives=views.positives,
+                positives=positives,
                 gather=True,
             )
-            for query, key in ((first, keys[1]), (second, keys[0]))
+            for query, key, positives in zip((first, second), keys[::-1], views.directions(), strict=True)
         ]
         if self.training:
             self._new_keys += keys

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import supcon
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
 from contrastive_mm.methods.options import MethodOptions
+from contrastive_mm.positives import Positives
 from contrastive_mm.views import Views, encode_views
 
 
@@ -31,7 +33,9 @@ class SupConConfig(MethodOptions):
 class SupCon(Method):
     """SupCon (Khosla et al. 2020, arXiv 2004.11362, equation 2): all views of the same class attract each other.
 
-    Needs ``Views.labels`` or ``Views.positives`` over the samples. The paper's head is a plain two-layer
+    Needs ``Views.labels`` or ``Views.positives`` over the samples. Of mixed samples that have labels, a row belongs
+    with its own class by its share and with its partner's class by the rest; both views are taken as mixed alike.
+    Other positives take the labels' place. The paper's head is a plain two-layer
     perceptron without BatchNorm, as here. The released code scales the loss by temperature / base temperature,
     which is 1 at its defaults and left out here.
     """
@@ -52,7 +56,11 @@ class SupCon(Method):
         Raises:
             UserError: the views carry neither labels nor positives.
         """
-        relation = views.labels if views.positives is None else views.positives
+        relation: Tensor | Positives | None = views.labels
+        if views.positives is not None:
+            relation = views.positives
+            if relation.partner is not None and relation.ids is None:
+                relation = dataclasses.replace(relation, ids=views.labels)
         if relation is None:
             raise UserError("SupCon needs labels, but this data has none; choose another --method, such as simclr.")
         first, second = encode_views(self._project, views.require_pair("SupCon"))

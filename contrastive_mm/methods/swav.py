@@ -135,6 +135,7 @@ class SwAV(Method):
         self._steps = int(state["steps"])
 
     def _check(self, views: Views) -> None:
+        views.refuse_positives("SwAV")
         if len(views.inputs) < 2:
             raise UserError("SwAV compares views of a sample: the view maker gave 1, it must give at least 2.")
         if self.queues and views.num_global != FULL_VIEWS:
