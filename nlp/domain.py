@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ from contrastive_mm.nlp.encoders import (
     small_transformer,
     train_tokenizer,
 )
-from contrastive_mm.nlp.views import DropoutViews
+from contrastive_mm.nlp.views import CropViews, DropoutViews, frame_of
+from contrastive_mm.views import ViewMaker
 
 EVALUATION_BATCH = 256
 EVALUATION_ROWS = 10_000
@@ -61,7 +62,16 @@ class TextConfig:
     pooling: Pooling = "mean"
     """How token states become one feature."""
     dropout: float = 0.1
-    """Dropout of small-transformer, which makes its views; a pretrained model keeps its own."""
+    """Dropout of small-transformer, which makes its views differ; with crops it may be 0. A pretrained model keeps
+    its own."""
+    views: Literal["dropout", "crops"] = "dropout"
+    """dropout gives a sentence twice, told apart by the encoder's dropout alone; crops gives two random spans of it,
+    from which every method can learn."""
+    crop_least: float = 0.2
+    """Smallest share of a sentence's tokens in a crop; of longer texts less will do (0.1 of 256 tokens in the paper's
+    code)."""
+    crop_most: float = 0.5
+    """Largest share of a sentence's tokens in a crop."""
     vocabulary: int = 8000
     """Tokens of a tokenizer trained from scratch, at the most."""
     max_length: int = 64
@@ -76,6 +86,11 @@ class TextConfig:
             raise UserError(f"--validation-share = {self.validation_share}; it must lie in [0, 1).")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout = {self.dropout}; it must lie in [0, 1).")
+        if not 0 < self.crop_least <= self.crop_most <= 1:
+            raise UserError(
+                f"--crop-least = {self.crop_least} and --crop-most = {self.crop_most}; they are shares above 0 and up "
+                "to 1, the smallest and the largest."
+            )
         if self.max_length < 3:
             raise UserError(f"--max-length = {self.max_length}; two tokens frame a sentence, so at least 3.")
         if self.encoder == FROM_SCRATCH:
@@ -96,7 +111,14 @@ class TextDomain:
         self.train_rows, self.validation_rows = split_rows(count, self.source.labels, config.validation_share)
         self.tokenizer = self._find_tokenizer(saved)
         self.tokens = TokenizedTexts(self.source.texts, self.tokenizer, config.max_length)
-        self.make_views = DropoutViews()
+        self.make_views = self._view_maker()
+
+    def _view_maker(self) -> ViewMaker:
+        if self.config.views == "dropout":
+            return DropoutViews()
+        longest = self.source.texts[int(self.tokens.lengths.argmax())]
+        frame, padding = frame_of(self.tokenizer, longest), int(self.tokenizer.pad_token_id)
+        return CropViews(self.config.crop_least, self.config.crop_most, frame, padding, self.seed)
 
     def _find_tokenizer(self, saved: Path | None) -> Any:
         if saved is not None:
