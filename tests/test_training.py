@@ -104,6 +104,33 @@ def test_resume_of_another_architecture_is_refused(tmp_path):
         make_trainer(tmp_path, "moco").train(resume=True)
 
 
+@pytest.mark.parametrize("batches", [[], iter([{"x": DATA[:8]}])])
+def test_batches_that_run_dry_end_the_run_with_an_error(tmp_path, batches):
+    trainer = make_trainer(tmp_path)
+    trainer.batches = batches
+    with pytest.raises(TrainingError, match=r"of 12 `batches` yields nothing\. No checkpoint was written yet"):
+        trainer.train()
+
+
+def test_one_empty_epoch_is_the_end_of_a_resumed_one(tmp_path):
+    class ResumedAtTheEnd:
+        epochs = 0
+
+        def __iter__(self):
+            self.epochs += 1
+            return iter([{"x": DATA[:8]}] * 4 if self.epochs % 2 == 0 else [])
+
+    trainer = make_trainer(tmp_path)
+    trainer.batches = ResumedAtTheEnd()
+    assert trainer.train()["steps"] == 12
+
+
+def test_epochs_of_no_batches_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(UserError, match="`batches` is empty"):
+        Trainer(trainer.method, trainer.updater.make_views, [], TrainerConfig(epochs=3), tmp_path)
+
+
 def test_epochs_are_counted_in_batches(tmp_path):
     assert make_trainer(tmp_path, steps=None, epochs=3).train()["steps"] == 12
 
