@@ -98,6 +98,25 @@ def test_resume_with_another_length_is_refused(tmp_path):
         make_trainer(tmp_path, steps=20).train(resume=True)
 
 
+@pytest.mark.parametrize(("before", "after"), [("adamw", "sgd"), ("sgd", "adamw")])
+def test_resume_with_another_optimizer_is_refused(tmp_path, before, after):
+    make_trainer(tmp_path, optimizer=before).train()
+    with pytest.raises(UserError, match=f"the optimizer {before}, which {after} can't go on.* --optimizer {before}"):
+        make_trainer(tmp_path, optimizer=after).train(resume=True)
+
+
+@pytest.mark.parametrize("content", [{"step": 3}, [1, 2], torch.ones(2)])
+def test_a_file_of_other_origin_is_no_checkpoint(tmp_path, content):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    torch.save(content, folder / "step-000000003.pt")
+    trainer = make_trainer(tmp_path)
+    before = copy.deepcopy(trainer.method.state_dict())
+    with pytest.raises(UserError, match=r"step-000000003\.pt is no checkpoint.*: it holds (a |no )"):
+        trainer.train(resume=True)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.method.state_dict().items())
+
+
 def test_resume_of_another_architecture_is_refused(tmp_path):
     make_trainer(tmp_path).train()
     with pytest.raises(UserError, match="another architecture"):

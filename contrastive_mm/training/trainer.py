@@ -224,6 +224,7 @@ class Trainer:
             "seconds": self.seconds,
             "method": self.method.state_dict(),
             "optimizer": self.updater.optimizer.state_dict(),
+            "optimizer_name": self.config.optimizer,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random_state(),
             "doctor": self.doctor.state_dict() if self.doctor is not None else None,
@@ -238,18 +239,15 @@ class Trainer:
         """Take up the newest checkpoint in ``output``; without one, begin at the first step.
 
         Raises:
-            UserError: the checkpoint can't be read, or belongs to another architecture, length or data order.
+            UserError: the checkpoint can't be read, or belongs to another architecture, optimizer, length or data order,
+                or is none of this trainer's.
         """
         state = self.checkpoints.load_newest()
         if state is None:
             self.log.cut_after(0)
             return
         newest = str(self.checkpoints.paths()[-1])
-        if state["total_steps"] != self.total_steps:
-            raise UserError(
-                f"{newest} is of a run of {state['total_steps']} steps, this one has {self.total_steps}: the "
-                "learning rate's schedule would break. Resume with the same --epochs and --steps."
-            )
+        self._check_checkpoint(state, newest)
         load_weights(self.method, state["method"], newest)
         self.updater.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.updater.accelerator.scaler is not None:
@@ -262,6 +260,25 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.log.cut_after(self.step)
         restore_random_state(state["random"])
+
+    def _check_checkpoint(self, state: Mapping[str, Any], name: str) -> None:
+        needed = ("step", "total_steps", "seconds", "method", "optimizer", "optimizer_name", "scaler", "random")
+        missing = [part for part in (*needed, *self._parts()) if part not in state]
+        if missing:
+            raise UserError(
+                f"{name} is no checkpoint of this run: it holds no {missing[0]!r}. Resume with the same data and "
+                "views, or move it away to resume from the one before it."
+            )
+        if state["total_steps"] != self.total_steps:
+            raise UserError(
+                f"{name} is of a run of {state['total_steps']} steps, this one has {self.total_steps}: the "
+                "learning rate's schedule would break. Resume with the same --epochs and --steps."
+            )
+        if state["optimizer_name"] != self.config.optimizer:
+            raise UserError(
+                f"{name} holds the state of the optimizer {state['optimizer_name']}, which {self.config.optimizer} "
+                f"can't go on from. Resume with --optimizer {state['optimizer_name']}."
+            )
 
     def _parts(self) -> dict[str, Any]:
         """What holds state besides the method and the optimizer."""
