@@ -84,4 +84,6 @@ class BilinearSimilarity(nn.Module):
 
     def forward(self, query: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
         """Return ``q W``."""
-        return query @ self.weight
+        # A loss widens half-precision features: W, of the model's type, goes along.
+        wide = torch.promote_types(query.dtype, self.weight.dtype)
+        return query.to(wide) @ self.weight.to(wide)

@@ -1,6 +1,7 @@
 """Methods on a small problem whose answer is known: samples of a cluster share six numbers, ten more are noise."""
 
 import copy
+import dataclasses
 import math
 
 import oracles
@@ -378,6 +379,20 @@ def test_npid_tells_a_sample_from_noise_as_equation_7_says(generator):
         total -= math.log(own / (own + m / size))
         total -= sum(math.log(1 - p / normaliser / (p / normaliser + m / size)) for p in noise[i])
     assert float(method._loss(features, ids)) == pytest.approx(total / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_cast_to_another_type_takes_steps(name, dtype, generator):
+    method = build(name).to(dtype)
+    views = make_views(8, generator)
+    views = dataclasses.replace(views, inputs=tuple(each.to(dtype) for each in views.inputs))
+    for _ in range(2):  # the second one meets filled banks
+        loss = method(views).loss
+        loss.backward()
+        method.after_step()
+    assert bool(torch.isfinite(loss))
+    assert all(parameter.grad.dtype == dtype for parameter in method.encoder.parameters())
 
 
 def test_npid_writes_after_the_step_and_fixes_its_normaliser(generator):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import info_nce
+from contrastive_mm.losses.similarity import widen
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
 from contrastive_mm.methods.options import MethodOptions
@@ -60,7 +61,7 @@ class NNCLR(Method):
     def forward(self, views: Views) -> Objective:
         """InfoNCE from each view's neighbour to the other view's prediction."""
         projected = encode_views(self._project, views.require_pair("NNCLR"))
-        first, second = (F.normalize(view.float(), dim=1) for view in projected)
+        first, second = (F.normalize(widen(view), dim=1) for view in projected)
         predicted_first, predicted_second = (self.predictor(view) for view in projected)
         losses = [
             info_nce(

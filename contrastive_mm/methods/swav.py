@@ -100,7 +100,7 @@ class SwAV(Method):
         encoded = encode_views(self._project, views.inputs)
         with full_precision(encoded[0]):
             features = [F.normalize(widen(each), dim=1) for each in encoded]
-            prototypes = self._prototype_weights()
+            prototypes = self._prototype_weights().to(features[0])
             scores = [F.linear(each, prototypes) for each in features]
             loss = swapped_prediction(
                 scores,

@@ -239,8 +239,8 @@ class Trainer:
         """Take up the newest checkpoint in ``output``; without one, begin at the first step.
 
         Raises:
-            UserError: the checkpoint can't be read, or belongs to another architecture, optimizer, length or data order,
-                or is none of this trainer's.
+            UserError: the checkpoint can't be read, is of other origin, or belongs to another architecture,
+                optimizer, length or data order.
         """
         state = self.checkpoints.load_newest()
         if state is None:
