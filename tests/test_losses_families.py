@@ -210,6 +210,15 @@ def test_triplet_margin_equals_the_loop(dtype, mining, labels, margin, normalize
     assert_equals(loss, oracles.triplet_margin(*plain(first, second), *options), dtype)
 
 
+@pytest.mark.parametrize("mining", ["semi-hard", "hard"])
+def test_an_offset_that_all_features_share_changes_no_triplet(mining):
+    anchor = torch.randn(32, 16) + 1000
+    positive = anchor + torch.randn(32, 16)
+    loss = triplet_margin(anchor, positive, 1.0, None, mining, normalize=False)
+    options = (1.0, list(range(32)), mining, False, True)
+    assert_equals(loss, oracles.triplet_margin(*plain(anchor, positive), *options), torch.float32)
+
+
 def test_triplets_are_the_same_in_any_number_of_blocks(monkeypatch):
     first, second = features(40, 4), features(40, 4, seed=1)
     labels = torch.arange(40) % 7

@@ -113,6 +113,9 @@ def _mine(
 
     Anchor i belongs with candidate ``i + offset``; ``labels`` are the candidates'.
     """
+    # Distances are the same from any origin; from one amid the features the products below cancel least.
+    centre = candidates.mean(0)
+    anchor, candidates = anchor - centre, candidates - centre
     chosen = []
     for start in range(0, len(anchor), MINING_ROWS):
         rows = torch.arange(start, min(start + MINING_ROWS, len(anchor)), device=anchor.device)
