@@ -166,6 +166,26 @@ class Memory(TorchDispatchMode):
         return tensor
 
 
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("small", [1e-6, 1e-9, 1e-14])
+def test_supcon_keeps_small_weights_beside_a_views_own(small, views):
+    first, second = torch.randn(7, 5), torch.randn(7, 5)
+    # With two views some rows have small weights alone: their own would outweigh these in the result too.
+    weights = small * torch.rand(7, 7) + torch.diag((torch.arange(7) > 3).float() if views == 2 else torch.ones(7))
+    rows = [*first.double().tolist(), *second.double().tolist()][: 7 * views]
+    expected = oracles.supcon(rows, list(range(7)) * views, weights.double().tolist(), 0.3)
+    loss = supcon(first, second if views == 2 else None, Positives.weighted(weights), 0.3)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_supcon_of_one_view_keeps_a_partners_small_share():
+    first, partner, share = torch.randn(7, 5), torch.tensor([1, 2, 3, 4, 5, 6, 0]), torch.full((7,), 1 - 2**-22)
+    weights = torch.diag(share.double())
+    weights[torch.arange(7), partner] += 1 - share.double()
+    expected = oracles.supcon(first.double().tolist(), list(range(7)), weights.tolist(), 0.3)
+    assert float(supcon(first, None, Positives.mixed(partner, share), 0.3)) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", [nt_xent, info_nce, dcl, ring_info_nce, supcon])
 @pytest.mark.parametrize("name", ["groups", "mixed", "mixed classes", "window in episodes"])
 def test_no_matrix_of_all_pairs_is_ever_held(name, loss):

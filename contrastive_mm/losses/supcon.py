@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -72,7 +74,9 @@ def supcon(
                 "No view has a positive: each of `labels` occurs once and there is one view a sample. Draw batches "
                 "with several samples a class, or give a second view."
             )
-        losses = torch.where(known, _candidates(views, gathered) - similarity_sum / totals.clamp_min(1e-12), 0.0)
+        losses = torch.where(
+            known, _candidates(views, gathered) - similarity_sum / torch.where(known, totals, 1.0), 0.0
+        )
         return losses.sum() / counted.clamp_min(1e-12)
 
 
@@ -101,12 +105,18 @@ def _sums_of_positives(
     if gathered is not None:
         columns = [part.rows for part in gathered]
         positives = positives.gathered(gathered[0].counts)
-    # A view is no positive of itself: its own weight is taken off, its other views' stays.
     summed = sum(columns[1:], columns[0])
-    own = positives.diagonal(views[0])
+    if len(views) == 1 and positives.matrix is not None:
+        # Not taken off below but left out: small weights beside the view's own would be lost.
+        positives = dataclasses.replace(positives, matrix=positives.matrix.clone().fill_diagonal_(0))
+    elif len(views) == 1 and positives.partner is not None:
+        summed = summed.double()  # for the same reason
+    # A view is no positive of itself: its own weight is taken off, its other views' stays.
+    own = positives.diagonal(views[0].to(summed))
     shared = positives.weighted_sum(summed)
     sums = torch.cat([shared - own[:, None] * view for view in views])
-    return sums, (positives.totals(summed) * len(views) - own).repeat(len(views))
+    totals = (positives.totals(summed) * len(views) - own).repeat(len(views))
+    return sums.to(views[0]), totals.to(views[0])
 
 
 def _candidates(views: list[Tensor], gathered: list[Gathered] | None) -> Tensor:
