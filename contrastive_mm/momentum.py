@@ -65,8 +65,6 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         if not 0.0 <= momentum <= 1.0:
             raise UserError(f"momentum = {momentum}; it must lie between 0 and 1.")
-        if total_steps is not None and total_steps < 1:
-            raise UserError(f"total_steps = {total_steps}; it must be at least 1, or None for a constant momentum.")
         if buffers not in ("own", "copy"):
             raise UserError(f"buffers = {buffers!r}; it must be 'own' or 'copy'.")
         if updated_elsewhere and module is None:
@@ -80,6 +78,21 @@ class MomentumEncoder(nn.Module):
         self.module = (copy.deepcopy(source) if module is None else module).requires_grad_(False)
         # A plain integer, not a tensor: reading it on a GPU would wait for it at every step.
         self._updates = 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """Updates over which the momentum rises to 1; None keeps it constant.
+
+        Raises:
+            UserError: it is set to a number below 1.
+        """
+        return self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, total_steps: int | None) -> None:
+        if total_steps is not None and total_steps < 1:
+            raise UserError(f"total_steps = {total_steps}; it must be at least 1, or None for a constant momentum.")
+        self._total_steps = total_steps
 
     @property
     def current_momentum(self) -> float:

@@ -41,8 +41,8 @@ class Views:
             refuse it; all others take it.
 
     Raises:
-        UserError: no view at all, views of different numbers of rows, ids or labels of another number, or
-            ``num_global`` out of range.
+        UserError: no view at all, an empty one, views of different numbers of rows, ids or labels of another
+            number, or ``num_global`` out of range.
     """
 
     inputs: tuple[Inputs, ...]
@@ -54,6 +54,8 @@ class Views:
     def __post_init__(self) -> None:
         if not self.inputs:
             raise UserError("Views needs at least one view; `inputs` is empty.")
+        if any(not isinstance(view, Tensor) and not view for view in self.inputs):
+            raise UserError("Views: a view of named tensors names none; `inputs` holds an empty mapping.")
         rows = [num_rows(view) for view in self.inputs]
         if len(set(rows)) > 1:
             raise UserError(f"Views must have one row a sample in every view, but their row counts are {rows}.")

@@ -347,6 +347,8 @@ def test_a_learnable_temperature_is_kept_from_running_away():
         LearnableTemperature(-1.0)
     with pytest.raises(UserError, match="below 1 / largest_scale"):
         LearnableTemperature(0.001)
+    with pytest.raises(UserError, match="largest_scale = 0"):
+        LearnableTemperature(0.07, largest_scale=0)
     with pytest.raises(UserError, match=r"`temperature` has shape \(2,\)"):
         inspect.unwrap(nt_xent)(features(3, 2), features(3, 2), torch.ones(2))
 

@@ -187,6 +187,12 @@ def test_bad_input_is_named():
             make()
 
 
+def test_a_lone_row_is_told_to_be_a_matrix():
+    # Without the tests' own shape checks, as a user calls it.
+    with pytest.raises(UserError, match=r"`features` has shape \(2,\); the queue takes a matrix"):
+        inspect.unwrap(FeatureQueue.push)(FeatureQueue(4, 2), torch.randn(2))
+
+
 def test_a_missing_and_a_surplus_column_are_reported():
     plain, labelled = FeatureQueue(4, 2), FeatureQueue(4, 2, with_ids=True)
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.ids"'):

@@ -143,6 +143,10 @@ def test_bad_input_is_named():
     ]:
         with pytest.raises(UserError, match=problem):
             MomentumEncoder(source, **options)
+    slow = MomentumEncoder(source, 0.5)
+    with pytest.raises(UserError, match="total_steps = 0"):
+        slow.total_steps = 0
+    assert slow.current_momentum == 0.5
     assert all(parameter.requires_grad for parameter in source.parameters())
 
 

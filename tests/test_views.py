@@ -65,6 +65,8 @@ def test_dense_features_share_a_pass_and_stay_with_their_view_sample_and_step():
 def test_bad_views_are_named():
     with pytest.raises(UserError, match="at least one view"):
         Views(())
+    with pytest.raises(UserError, match="an empty mapping"):
+        Views(({}, {}))
     with pytest.raises(UserError, match=r"row counts are \[2, 3\]"):
         Views((torch.ones(2, 1), torch.ones(3, 1)))
     with pytest.raises(UserError, match="num_global = 3"):

@@ -38,12 +38,14 @@ class LearnableTemperature(nn.Module):
         largest_scale: upper bound of 1/T.
 
     Raises:
-        UserError: the initial temperature is not above 0, or below 1 / largest_scale.
+        UserError: the initial temperature or the scale is not above 0, or the former below 1 / largest_scale.
     """
 
     def __init__(self, initial: float = 0.07, largest_scale: float = LARGEST_SCALE) -> None:
         super().__init__()
         check_temperature(initial)
+        if not 0 < largest_scale < math.inf:
+            raise UserError(f"largest_scale = {largest_scale}; it bounds 1 / temperature and must be above 0.")
         if 1 / initial > largest_scale:
             raise UserError(f"The first temperature {initial} is below 1 / largest_scale = {1 / largest_scale}.")
         self.largest_scale = largest_scale
