@@ -187,6 +187,39 @@ def test_bad_input_is_named():
             make()
 
 
+@pytest.mark.parametrize("make", [lambda: FeatureQueue(4, 2), lambda: InstanceBank(4, 2)])
+def test_a_bank_made_or_copied_under_inference_mode_is_written_and_read_outside(make):
+    outside = make()
+    with torch.inference_mode():
+        banks = [make(), copy.deepcopy(outside)]
+    for bank in banks:
+        query = torch.ones(2, requires_grad=True)
+        if isinstance(bank, FeatureQueue):
+            bank.push(torch.ones(1, 2))
+        (bank.features() @ query).sum().backward()
+        assert torch.equal(query.grad, bank.features().sum(0))
+        if isinstance(bank, InstanceBank):
+            bank.write(torch.tensor([2]), torch.ones(1, 2))
+            assert torch.equal(bank.read(torch.tensor([2]))[0], bank.features()[2])
+        with torch.inference_mode():
+            bank.load_state_dict(bank.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_bank_without_memory_starts_anew_where_it_gets_some(dtype):
+    queue, bank = FeatureQueue(4, 2, with_ids=True, dtype=dtype), InstanceBank(4, 2, seed=3, dtype=dtype)
+    queue.push(rows(0, 3), torch.arange(3))
+    queue.to("meta").to_empty(device="cpu")
+    assert len(queue) == 0
+    queue.push(rows(5, 1), torch.tensor([7]))
+    assert queue.features().tolist() == [[5, 5]]
+    assert queue.ids().tolist() == [7]
+    bank.fix_normaliser(torch.tensor(2.0))
+    bank.to("meta").to_empty(device="cpu")
+    assert bank.get_extra_state() == InstanceBank(4, 2, seed=3).get_extra_state()
+    assert torch.equal(bank.features(), InstanceBank(4, 2, seed=3, dtype=dtype).features())
+
+
 def test_a_lone_row_is_told_to_be_a_matrix():
     # Without the tests' own shape checks, as a user calls it.
     with pytest.raises(UserError, match=r"`features` has shape \(2,\); the queue takes a matrix"):

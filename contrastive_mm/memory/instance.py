@@ -66,8 +66,7 @@ class InstanceBank(StoredRows):
             raise UserError(f"momentum = {momentum}; it must be at least 0 and below 1, or the bank never changes.")
         if seed < 0:
             raise UserError(f"seed = {seed}; it must be 0 or above.")
-        start = F.normalize(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
-        super().__init__({"features": start.to(dtype)}, device)
+        super().__init__({"features": _starting_vectors(size, dim, seed).to(dtype)}, device)
         self.size = size
         self.dim = dim
         self.momentum = momentum
@@ -95,7 +94,7 @@ class InstanceBank(StoredRows):
             UserError: an id outside the bank, or that is no whole number.
         """
         self._check_ids(ids)
-        column = self._columns["features"]
+        column = self._column("features")
         rows = column.index_select(0, ids.reshape(-1).to(column.device, torch.long))
         return rows.view(*ids.shape, self.dim).to(self._home)
 
@@ -176,6 +175,11 @@ class InstanceBank(StoredRows):
         if self._log_normaliser is None:
             self._log_normaliser = log_normaliser.detach().to(self._home, torch.float32)
 
+    @torch.no_grad()
+    def _start_anew(self) -> None:
+        self._columns["features"].copy_(_starting_vectors(self.size, self.dim, self.seed))
+        self._draws, self._log_normaliser = 0, None
+
     def _check_ids(self, ids: Tensor) -> None:
         check_whole(ids)
         if ids.numel() == 0:
@@ -203,6 +207,10 @@ class InstanceBank(StoredRows):
         self.seed, self._draws = int(state["seed"]), int(state["draws"])
         fixed = state["log_normaliser"]
         self._log_normaliser = None if fixed is None else torch.tensor(fixed, device=self._home)
+
+
+def _starting_vectors(size: int, dim: int, seed: int) -> Float[Tensor, "size dim"]:
+    return F.normalize(torch.randn(size, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 def _last_with_same_id(ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:

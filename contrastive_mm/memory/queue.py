@@ -120,6 +120,9 @@ class FeatureQueue(StoredRows):
         column[start : start + until_end] = kept[:until_end]
         column[: len(kept) - until_end] = kept[until_end:]
 
+    def _start_anew(self) -> None:
+        self._cursor = self._filled = 0
+
     def get_extra_state(self) -> dict[str, int]:
         """The write position and the fill level, for ``state_dict``."""
         return {"cursor": self._cursor, "filled": self._filled}

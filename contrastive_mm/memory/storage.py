@@ -60,7 +60,7 @@ class StoredRows(nn.Module):
 
     def _read(self, name: str) -> Tensor:
         """A column's filled rows on the module's device: a view of the storage where it lies there."""
-        column = self._columns[name]
+        column = self._column(name)
         if column.device == self._home:
             return column[: len(self)]
         # Kept until the next write: micro-batches of one step share one copy.
@@ -73,18 +73,34 @@ class StoredRows(nn.Module):
         _, copied = self._copies.pop(name, (None, None))
         if copied is not None:
             copied.synchronize()
-        return self._columns[name]
+        return self._column(name)
+
+    def _column(self, name: str) -> Tensor:
+        column = self._columns[name]
+        if column.is_inference() and not torch.is_inference_mode_enabled():
+            # Made or copied under inference_mode, where nothing outside it may write or save it for backward.
+            column = self._columns[name] = column.clone()
+        return column
+
+    def _start_anew(self) -> None:
+        """Set the content to that of a new bank; the columns hold whatever was in their memory."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredRows:
         super()._apply(fn, recurse)
         # Whatever `fn` does (a move, a cast, both), an empty tensor shows where it moves to.
         self._home = fn(torch.empty(0, device=self._home)).device
+        emptied = any(column.is_meta for column in self._columns.values()) and self._home.type != "meta"
         for name in self._columns:
             column = self._column_to_write(name)
-            if not self._stays_on_cpu:
+            if emptied:  # to_empty: rows without content become rows whose content is left open
+                self._columns[name] = torch.empty_like(column, device=self._home)
+            elif not self._stays_on_cpu:
                 self._columns[name] = column.to(self._home)
             elif self._home.type == "cuda" and not column.is_pinned():
                 self._columns[name] = column.pin_memory()
+        if emptied:
+            self._start_anew()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
