@@ -7,13 +7,20 @@ through the gathering must be the sum over all processes: no factor of their num
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from contrastive_mm.errors import UserError
+
+REFUSED = -1
+"""In the place of a process's number of rows."""
 
 
 def process_count() -> int:
@@ -30,13 +37,47 @@ def row_counts(rows: Shaped[Tensor, " rows *rest"]) -> list[int]:
     """How many rows each process holds, in the order of the processes.
 
     A collective: every process calls it, those without a row too. On a GPU it waits for the device.
+
+    Raises:
+        UserError: another process refused its input (``refuse_together``).
     """
     if process_count() == 1:
         return [len(rows)]
-    own = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(own) for _ in range(process_count())]
-    dist.all_gather(counts, own)
-    return [int(count) for count in torch.cat(counts).tolist()]
+    counts = _gather_number(len(rows), rows.device)
+    refused = [str(process) for process, count in enumerate(counts) if count == REFUSED]
+    if refused:
+        raise UserError(f"Process {' and '.join(refused)} refused its input: see its message.")
+    return counts
+
+
+def refuse_together(rows: Tensor, gather: bool = True) -> AbstractContextManager[None]:
+    """Around the checks before a first ``row_counts``: what one process refuses ends the call on all of them.
+
+    Without it that process would raise its error, and the others wait for its number until the group's timeout.
+
+    Args:
+        rows: the input that is checked; its device is where numbers are gathered.
+        gather: whether ``row_counts`` follows at all.
+    """
+    return _RefuseTogether(rows.device) if gather and process_count() > 1 else nullcontext()
+
+
+class _RefuseTogether(AbstractContextManager[None]):
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            _gather_number(REFUSED, self.device)
+
+
+def _gather_number(number: int, device: torch.device) -> list[int]:
+    own = torch.tensor([number], device=device)
+    numbers = [torch.empty_like(own) for _ in range(process_count())]
+    dist.all_gather(numbers, own)
+    return [int(each) for each in torch.cat(numbers).tolist()]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from contrastive_mm.distributed import all_reduce_sum
+from contrastive_mm.distributed import all_reduce_sum, refuse_together
 from contrastive_mm.losses.checks import check_pair
 from contrastive_mm.losses.similarity import full_precision, widen
 from contrastive_mm.losses.statistics import centred, check_several_rows, off_diagonal, total_rows
@@ -42,8 +42,9 @@ def barlow_twins(
     Raises:
         UserError: shapes differ, fewer than 2 samples, or features that are not finite floating point.
     """
-    check_pair(first, second, "first", "second")
-    check_several_rows(len(first), "first", "barlow_twins")
+    with refuse_together(first):
+        check_pair(first, second, "first", "second")
+        check_several_rows(len(first), "first", "barlow_twins")
     with full_precision(first):
         first, second = widen(first), widen(second)
         rows = total_rows(first)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contrastive_mm.distributed import gather_rows, gather_with_gradient, process_count, row_counts
+from contrastive_mm.distributed import gather_rows, gather_with_gradient, process_count, refuse_together, row_counts
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_columns, check_ids, check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, two_way_logsumexp
@@ -66,11 +66,14 @@ def info_nce(
         UserError: shapes don't fit, features are not finite floats, the temperature is not above 0, options that
             exclude each other, or no negative is left to compare with.
     """
-    check_pair(query, key, "query", "key")
-    check_temperature(temperature)
-    if negatives is not None:
-        check_columns(negatives, "negatives", query, "query")
-    _check_options(query, negatives, symmetric, similarity, in_batch_negatives, positives, ids, negative_ids, gather)
+    with refuse_together(query, gather):
+        check_pair(query, key, "query", "key")
+        check_temperature(temperature)
+        if negatives is not None:
+            check_columns(negatives, "negatives", query, "query")
+        _check_options(
+            query, negatives, symmetric, similarity, in_batch_negatives, positives, ids, negative_ids, gather
+        )
     with full_precision(query):
         scale = scale_of(temperature, prepare_key(query[:1], "dot"))
         left, right = prepare_query(query, similarity), prepare_key(key, similarity)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, process_count
+from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, process_count, refuse_together
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp, views_logsumexp
@@ -60,7 +60,7 @@ def nt_xent(
             temperature is not above 0.
     """
     with full_precision(first):
-        views = _Views(first, second, temperature, similarity, gather)
+        views = _Views(first, second, temperature, similarity, gather, positives)
         candidates, positive = views.terms(spare_positives=False, positives=positives)
         return views.mean(candidates - positive)
 
@@ -100,7 +100,7 @@ def dcl(
     if weight_concentration is not None and not weight_concentration > 0:
         raise UserError(f"weight_concentration = {weight_concentration}; it must be above 0.")
     with full_precision(first):
-        views = _Views(first, second, temperature, similarity, gather)
+        views = _Views(first, second, temperature, similarity, gather, positives)
         candidates, positive = views.terms(spare_positives=True, positives=positives)
         if weight_concentration is not None:
             cosines = _Views(first.detach().double(), second.detach().double(), 1.0, "cosine", gather)
@@ -160,12 +160,21 @@ class _Views:
     """Both views below each other, prepared so that dot products are similarities over T."""
 
     def __init__(
-        self, first: Tensor, second: Tensor, temperature: Temperature, similarity: Similarity, gather: bool
+        self,
+        first: Tensor,
+        second: Tensor,
+        temperature: Temperature,
+        similarity: Similarity,
+        gather: bool,
+        positives: Positives | None = None,
     ) -> None:
-        check_pair(first, second, "first", "second")
-        check_temperature(temperature)
-        if callable(similarity):
-            raise UserError("NT-Xent compares all views alike, which a map of the queries doesn't; use info_nce.")
+        with refuse_together(first, gather):
+            check_pair(first, second, "first", "second")
+            check_temperature(temperature)
+            if callable(similarity):
+                raise UserError("NT-Xent compares all views alike, which a map of the queries doesn't; use info_nce.")
+            if positives is not None:
+                positives.check(len(first))
         self.similarity: Similarity = similarity
         self.features = torch.cat([first, second])
         like = prepare_key(first[:1], "dot")
@@ -201,11 +210,9 @@ class _Views:
 
     def whole(self, positives: Positives | None) -> Positives | None:
         """The value for the views of all processes."""
-        if positives is not None:
-            positives.check(self.count)
-            if self.gathered is not None:
-                positives = positives.gathered(self.gathered[0].counts)
-        return positives
+        if positives is None or self.gathered is None:
+            return positives
+        return positives.gathered(self.gathered[0].counts)
 
     def _columns(self) -> tuple[Tensor, Tensor]:
         """The views of all processes, first and second."""

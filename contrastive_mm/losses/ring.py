@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contrastive_mm.distributed import process_index, row_counts
+from contrastive_mm.distributed import process_index, refuse_together, row_counts
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_ids, check_pair
 from contrastive_mm.losses.exclusion import Exclusion
@@ -53,14 +53,17 @@ def ring_info_nce(
         UserError: shapes differ, features are not finite floats, the temperature is not above 0, or there is one
             sample in all.
     """
-    check_pair(query, key, "query", "key")
-    check_temperature(temperature)
-    if positives is not None:
-        positives.check(len(query))
-    if ids is not None:
-        check_ids(ids, "ids", len(query), "query")
+    with refuse_together(query):
+        check_pair(query, key, "query", "key")
+        check_temperature(temperature)
         if positives is not None:
-            raise UserError("`ids` leaves keys out of the candidates that `positives` may name; give one of the two.")
+            positives.check(len(query))
+        if ids is not None:
+            check_ids(ids, "ids", len(query), "query")
+            if positives is not None:
+                raise UserError(
+                    "`ids` leaves keys out of the candidates that `positives` may name; give one of the two."
+                )
     counts = row_counts(query)
     if sum(counts) < 2:
         raise UserError("ring_info_nce has no negative to compare with: there is one sample in all processes.")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from contrastive_mm.distributed import gather_with_gradient, process_count
+from contrastive_mm.distributed import gather_with_gradient, process_count, refuse_together
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses import tiled
 from contrastive_mm.losses.checks import check_pair
@@ -60,12 +60,13 @@ def sigmoid_loss(
         UserError: shapes differ, N < 2 (a lone pair has no negative), features are not finite floating point, the
             temperature is not above 0, or the bias is no single number.
     """
-    check_pair(first, second, "first", "second")
-    check_temperature(temperature)
-    if len(first) < 2 and not (gather and process_count() > 1):
-        raise UserError("sigmoid_loss needs at least 2 samples: `first` has 1, which leaves it without negatives.")
-    if isinstance(bias, Tensor) and bias.numel() != 1:
-        raise UserError(f"`bias` has shape {tuple(bias.shape)}; give one number or a scalar tensor.")
+    with refuse_together(first, gather):
+        check_pair(first, second, "first", "second")
+        check_temperature(temperature)
+        if len(first) < 2 and not (gather and process_count() > 1):
+            raise UserError("sigmoid_loss needs at least 2 samples: `first` has 1, which leaves it without negatives.")
+        if isinstance(bias, Tensor) and bias.numel() != 1:
+            raise UserError(f"`bias` has shape {tuple(bias.shape)}; give one number or a scalar tensor.")
     with full_precision(first):
         query = prepare_query(first, similarity)
         query = query * scale_of(temperature, query)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from contrastive_mm.distributed import all_reduce_sum, process_count
+from contrastive_mm.distributed import all_reduce_sum, process_count, row_counts
 from contrastive_mm.errors import UserError
 
 
@@ -21,7 +21,7 @@ def check_several_rows(rows: int, name: str, loss: str) -> None:
 
 def total_rows(features: Tensor) -> Tensor:
     """Rows in all processes, a scalar in the type of ``features``; processes may have different numbers of them."""
-    return all_reduce_sum(torch.full((), len(features), dtype=features.dtype, device=features.device))
+    return torch.full((), sum(row_counts(features)), dtype=features.dtype, device=features.device)
 
 
 def centred(features: Tensor, rows: Tensor) -> Tensor:

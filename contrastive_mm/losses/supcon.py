@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, process_count
+from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, process_count, refuse_together
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_features, check_ids, check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp
@@ -51,12 +51,13 @@ def supcon(
         UserError: shapes don't fit, features are not finite floats, the temperature is not above 0, or no view has
             a positive.
     """
-    if second is None:
-        check_features(first, "first")
-    else:
-        check_pair(first, second, "first", "second")
-    check_temperature(temperature)
-    positives = _as_positives(labels, first.shape[0])
+    with refuse_together(first, gather):
+        if second is None:
+            check_features(first, "first")
+        else:
+            check_pair(first, second, "first", "second")
+        check_temperature(temperature)
+        positives = _as_positives(labels, first.shape[0])
     with full_precision(first):
         scale = scale_of(temperature, prepare_key(first[:1], "dot"))
         root = scale.sqrt() if isinstance(scale, Tensor) else scale**0.5

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from contrastive_mm.distributed import all_reduce_sum, process_count
+from contrastive_mm.distributed import all_reduce_sum, process_count, refuse_together
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_columns, check_features, check_pair
 from contrastive_mm.losses.similarity import Temperature, check_temperature, full_precision, scale_of, widen
@@ -100,9 +100,11 @@ def swapped_prediction(
         UserError: fewer than 2 views, ``num_global`` out of range, shapes that don't fit, a lone sample without a
             queue, values that are not finite floating point, or temperature or epsilon not above 0.
     """
-    _check(scores, num_global, queue_scores)
-    check_temperature(temperature)
+    with refuse_together(scores[0] if scores else torch.empty(0)):
+        _check(scores, num_global, queue_scores)
+        check_temperature(temperature)
     with full_precision(scores[0]):
+        rows = total_rows(widen(scores[0]))
         codes = [
             _codes(scores[view], None if queue_scores is None else queue_scores[view], epsilon, iterations)
             for view in range(num_global)
@@ -115,7 +117,7 @@ def swapped_prediction(
                 prediction = (wide * scale_of(temperature, wide)).log_softmax(1)
                 total = total - (torch.stack(wanted).sum(0) * prediction).sum()
         pairs = num_global * (len(scores) - 1)
-        return all_reduce_sum(total) / (pairs * total_rows(codes[0]))
+        return all_reduce_sum(total) / (pairs * rows)
 
 
 def _codes(scores: Tensor, queued: Tensor | None, epsilon: float, iterations: int) -> Tensor:

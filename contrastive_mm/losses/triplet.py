@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, row_counts
+from contrastive_mm.distributed import Gathered, gather_rows, gather_with_gradient, refuse_together, row_counts
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_ids, check_pair
 from contrastive_mm.losses.similarity import full_precision, widen
@@ -69,13 +69,14 @@ def triplet_margin(
         UserError: shapes differ, features are not finite floating point, the margin is negative, an unknown
             ``mining``, or no anchor has a negative.
     """
-    check_pair(anchor, positive, "anchor", "positive")
-    if margin is not None and not margin >= 0:
-        raise UserError(f"margin = {margin}; it must be at least 0, or None for the soft margin.")
-    if mining not in ("semi-hard", "hard", "none"):
-        raise UserError(f"mining = {mining!r}; it must be 'semi-hard', 'hard' or 'none'.")
-    if labels is not None:
-        check_ids(labels, "labels", len(anchor), "anchor")
+    with refuse_together(anchor, gather):
+        check_pair(anchor, positive, "anchor", "positive")
+        if margin is not None and not margin >= 0:
+            raise UserError(f"margin = {margin}; it must be at least 0, or None for the soft margin.")
+        if mining not in ("semi-hard", "hard", "none"):
+            raise UserError(f"mining = {mining!r}; it must be 'semi-hard', 'hard' or 'none'.")
+        if labels is not None:
+            check_ids(labels, "labels", len(anchor), "anchor")
     with full_precision(anchor):
         anchor, positive = widen(anchor), widen(positive)
         if normalize:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from contrastive_mm.distributed import gather_rows, process_index, row_counts
+from contrastive_mm.distributed import gather_rows, process_index, refuse_together, row_counts
 from contrastive_mm.errors import UserError
 from contrastive_mm.memory.storage import StoredRows, check_rows, check_size, check_whole
 
@@ -114,8 +114,9 @@ class InstanceBank(StoredRows):
             UserError: an id outside the bank or that is no whole number, another number of dimensions, or other
                 numbers of rows.
         """
-        check_rows("the bank", self.dim, features, ids)
-        self._check_ids(ids)
+        with refuse_together(features):
+            check_rows("the bank", self.dim, features, ids)
+            self._check_ids(ids)
         counts = row_counts(features)
         column = self._column_to_write("features")
         ids = gather_rows(ids.to(features.device, torch.long), counts).to(column.device)

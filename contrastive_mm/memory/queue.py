@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
-from contrastive_mm.distributed import gather_rows, row_counts
+from contrastive_mm.distributed import gather_rows, refuse_together, row_counts
 from contrastive_mm.errors import UserError
 from contrastive_mm.memory.storage import StoredRows, check_rows, check_size
 
@@ -92,7 +92,8 @@ class FeatureQueue(StoredRows):
             UserError: another number of dimensions; ids that are missing, of another number, no whole numbers, or not
                 wanted.
         """
-        self._check(features, ids)
+        with refuse_together(features):
+            self._check(features, ids)
         # Cast first: half precision is half the traffic between processes.
         rows: dict[str, Tensor] = {"features": features.detach().to(self.dtype)}
         if ids is not None:
