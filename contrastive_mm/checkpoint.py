@@ -77,17 +77,19 @@ class CheckpointFolder:
         """The newest checkpoint's content on the CPU, or None where there is none.
 
         Raises:
-            UserError: it can't be read.
+            UserError: it can't be read, or is no checkpoint.
         """
         paths = self.paths()
         if not paths:
             return None
         try:
-            state: dict[str, Any] = torch.load(paths[-1], map_location="cpu", weights_only=True)
+            state = torch.load(paths[-1], map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"The checkpoint {paths[-1]} can't be read ({error}). Delete it to resume from the one before it."
             ) from error
+        if not isinstance(state, dict):
+            raise UserError(f"{paths[-1]} is no checkpoint: it holds a {type(state).__name__}. Move it away.")
         return state
 
 

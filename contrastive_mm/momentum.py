@@ -126,17 +126,22 @@ def _check_follower(module: nn.Module, source: nn.Module, updated_elsewhere: boo
                 f"`module` has the parameter {name} in common with `source`: it would be frozen there too. "
                 "Give a copy (copy.deepcopy), or leave `module` out."
             )
-    shapes = [[tuple(parameter.shape) for parameter in each.parameters()] for each in (module, source)]
-    if shapes[0] != shapes[1] and not updated_elsewhere:
+    difference = None if updated_elsewhere else _first_difference(module, source)
+    if difference is not None:
         raise UserError(
-            "`module` has other parameters than `source` and can't follow it: "
-            f"{_first_difference(module, source)}. Build both alike, or set updated_elsewhere=True."
+            f"`module` has other parameters than `source` and can't follow it: {difference}. "
+            "Build both alike, or set updated_elsewhere=True."
         )
 
 
-def _first_difference(module: nn.Module, source: nn.Module) -> str:
+def _first_difference(module: nn.Module, source: nn.Module) -> str | None:
+    """What keeps the parameters of two modules from being matched in their order, or None."""
     slow, fast = list(module.named_parameters()), list(source.named_parameters())
-    for (name, own), (_, theirs) in zip(slow, fast, strict=False):
+    names = {name for name, _ in fast}
+    for (name, own), (other, theirs) in zip(slow, fast, strict=False):
+        # Another wrapper (a Sequential, say) may give other names; the same ones must stand in the same order.
+        if name != other and name in names:
+            return f"{name} stands in the place of {other}"
         if own.shape != theirs.shape:
             return f"{name} has shape {tuple(own.shape)}, there {tuple(theirs.shape)}"
-    return f"{len(slow)} of them, there {len(fast)}"
+    return None if len(slow) == len(fast) else f"{len(slow)} of them, there {len(fast)}"

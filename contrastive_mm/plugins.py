@@ -99,9 +99,11 @@ class Registry:
         (point,) = offers
         try:
             found = point.load()
-        except Exception as error:  # whatever another package's code may raise
+            fault = self.find_fault(found)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever another package's code may raise, SystemExit too
             raise self._broken(point, _in_one_line(error)) from error
-        fault = self.find_fault(found)
         if fault is not None:
             raise self._broken(point, fault)
         return found
@@ -142,7 +144,7 @@ def _package(point: EntryPoint) -> str:
     return point.value if distribution is None else f"{distribution.metadata['Name']} {distribution.version}"
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: BaseException) -> str:
     """The error, and where in the other package it came up."""
     said = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
     ours = (__file__, str(Path(importlib.__file__).parent), "<frozen importlib")

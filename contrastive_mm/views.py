@@ -41,7 +41,8 @@ class Views:
             refuse it; all others take it.
 
     Raises:
-        UserError: no view at all, views of different numbers of rows, or ``num_global`` out of range.
+        UserError: no view at all, views of different numbers of rows, ids or labels of another number, or
+            ``num_global`` out of range.
     """
 
     inputs: tuple[Inputs, ...]
@@ -56,6 +57,12 @@ class Views:
         rows = [num_rows(view) for view in self.inputs]
         if len(set(rows)) > 1:
             raise UserError(f"Views must have one row a sample in every view, but their row counts are {rows}.")
+        for name in ("sample_ids", "labels"):
+            value = getattr(self, name)
+            if value is not None and (value.ndim == 0 or len(value) != rows[0]):
+                raise UserError(
+                    f"Views.{name} has shape {tuple(value.shape)}, but the views have {rows[0]} rows; give one a row."
+                )
         if not 1 <= self.num_global <= len(self.inputs):
             raise UserError(
                 f"num_global = {self.num_global}, but there are {len(self.inputs)} views; "

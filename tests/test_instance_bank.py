@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.memory import InstanceBank
+from contrastive_mm.memory import FeatureQueue, InstanceBank
 
 
 def unit(row):
@@ -133,6 +133,32 @@ def test_a_bank_kept_on_the_cpu_reads_and_draws_for_the_modules_device():
     assert torch.equal(bank.to_empty(device="cpu").features(), InstanceBank(6, 2).features())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.uint8, torch.int32])
+def test_ids_may_be_whole_numbers_of_any_type(dtype):
+    bank, other, ids, features = InstanceBank(5, 2), InstanceBank(5, 2), torch.tensor([3, 1]), torch.randn(2, 2)
+    bank.write(ids.to(dtype), features)
+    other.write(ids, features)
+    assert torch.equal(bank.features(), other.features())
+    assert torch.equal(bank.read(ids.to(dtype)), bank.features()[ids])
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([0.7, 1.0]), torch.tensor([True, False])])
+def test_ids_that_number_nothing_are_refused_and_not_rounded(ids):
+    bank = InstanceBank(5, 2)
+    queue = FeatureQueue(5, 2, with_ids=True)
+    for owner, call in [
+        (InstanceBank, lambda write: write(bank, ids, torch.ones(2, 2))),
+        (FeatureQueue, lambda push: push(queue, torch.ones(2, 2), ids)),
+    ]:
+        with pytest.raises(UserError, match=f"`ids` holds {ids.dtype}.* whole numbers"):
+            # Without the tests' own type checks, as a user calls it.
+            call(inspect.unwrap(owner.write if owner is InstanceBank else owner.push))
+    with pytest.raises(UserError, match="whole numbers"):
+        inspect.unwrap(InstanceBank.read)(bank, ids)
+    assert torch.equal(bank.features(), InstanceBank(5, 2).features())
+    assert len(queue) == 0
+
+
 def test_bad_input_is_named():
     bank = InstanceBank(4, 2)
     for call, problem in [
@@ -141,7 +167,7 @@ def test_bad_input_is_named():
         (lambda: InstanceBank(4, 2, seed=-1), "seed = -1"),
         (lambda: bank.read(torch.tensor([[0, 4]])), "id 4 is outside the instance bank, which has size=4"),
         (lambda: bank.write(torch.tensor([2, -1]), torch.ones(2, 2)), "id -1 is outside"),
-        (lambda: bank.write(torch.tensor([2]), torch.ones(1, 3)), "2 dimensions, but `features` has 3"),
+        (lambda: bank.write(torch.tensor([2]), torch.ones(1, 3)), "`features` has 3 dimensions, but the bank holds 2"),
         (lambda: bank.sample_negatives(3, 0), "can't draw 0 negatives"),
         (lambda: bank.log_normaliser(torch.ones(0, 3)), "`logits` is empty"),
         (

@@ -174,7 +174,7 @@ def test_bad_input_is_named():
         (lambda: FeatureQueue(0, 2), "size=0"),
         (lambda: FeatureQueue(4, 2, dtype=torch.int8), r"torch\.int8"),
         (lambda: FeatureQueue(4, 2, device="cuda"), "'cuda'; it must be 'cpu'"),
-        (lambda: FeatureQueue(4, 2).push(torch.ones(1, 3)), "2 dimensions, but `features` has 3"),
+        (lambda: FeatureQueue(4, 2).push(torch.ones(1, 3)), "`features` has 3 dimensions, but the queue holds 2"),
         (lambda: FeatureQueue(4, 2).push(torch.ones(1, 2), torch.ones(1).long()), "keeps no ids"),
         (lambda: FeatureQueue(4, 2).ids(), "with_ids=True"),
         (lambda: FeatureQueue(4, 2, with_ids=True).push(torch.ones(1, 2)), "one integer for each row"),

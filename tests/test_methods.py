@@ -397,7 +397,10 @@ def test_npid_writes_after_the_step_and_fixes_its_normaliser(generator):
     with pytest.raises(UserError, match="Sample id 999 is outside"):
         method(Views(make_views(1, generator).inputs, sample_ids=torch.tensor([999])))
     whole = build("npid", negatives=0)
-    assert float(whole(make_views(16, generator)).loss.detach()) == pytest.approx(math.log(256), rel=0.4)
+    views = make_views(16, generator)
+    assert float(whole(views).loss.detach()) == pytest.approx(math.log(256), rel=0.4)
+    short = Views(views.inputs, sample_ids=views.sample_ids.to(torch.int32))
+    assert torch.equal(whole(short).loss, whole(views).loss), "ids may be of any integer type"
 
 
 def test_supcon_says_that_it_needs_labels(generator):

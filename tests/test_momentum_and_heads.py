@@ -146,6 +146,23 @@ def test_bad_input_is_named():
     assert all(parameter.requires_grad for parameter in source.parameters())
 
 
+class Crossed(nn.Module):
+    """Layers of one shape, registered in an order of choice."""
+
+    def __init__(self, *names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(2, 2))
+
+
+def test_an_existing_copy_has_its_layers_in_the_same_order():
+    with pytest.raises(UserError, match=r"b\.weight stands in the place of a\.weight\. Build both alike"):
+        MomentumEncoder(Crossed("a", "b"), module=Crossed("b", "a"))
+    source, wrapped = Crossed("a", "b"), nn.Sequential(Crossed("a", "b"))
+    MomentumEncoder(source, 0.0, module=wrapped).update(source)
+    assert torch.equal(wrapped[0].b.weight, source.b.weight), "names of another wrapper are no hindrance"
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_projection_head_shapes(layers, batch_norm):

@@ -35,6 +35,15 @@ class Mine(SimCLR):
     config_class = Options
 """
 
+HOSTILE = """
+class Meta(type):
+    def __getattr__(cls, name):
+        raise RuntimeError(f"no {name}")
+
+class Mine(metaclass=Meta):
+    pass
+"""
+
 EMPTY_DOMAIN = """
     default_method = "simclr"
     build_encoder = train_batches = evaluate = embed = save = None
@@ -222,6 +231,15 @@ def test_a_broken_package_that_is_asked_for_is_an_error_of_one_line(offer, waves
     assert "tiny_code.py, line 3" in said
 
 
+def test_a_package_that_ends_the_program_is_skipped_but_control_c_ends_it(offer, capsys):
+    offer("method", "mine", "import sys\nsys.exit(3)\n")
+    assert "simclr" in METHOD_REGISTRY.usable_names()
+    assert "tiny_code:Mine) can't be used: SystemExit: 3" in capsys.readouterr().err
+    offer("method", "stopped", "raise KeyboardInterrupt\n", package="other")
+    with pytest.raises(KeyboardInterrupt):
+        get_method("stopped")
+
+
 @pytest.mark.parametrize(
     ("kind", "code", "message"),
     [
@@ -231,6 +249,7 @@ def test_a_broken_package_that_is_asked_for_is_an_error_of_one_line(offer, waves
         ("method", METHOD.replace("= Options", "= 3"), "config_class must be a dataclass, not 3"),
         ("method", METHOD.replace("(SimCLRConfig)", "").replace(" = 1.0", ""), "'pull' of Options has no default"),
         ("domain", METHOD, "it has no 'default_method'"),
+        ("domain", HOSTILE, "RuntimeError: no default_method .*tiny_code.py, line 4"),
         ("domain", METHOD + EMPTY_DOMAIN, "Options lacks the option 'data'"),
     ],
 )

@@ -98,10 +98,56 @@ def test_resume_with_another_length_is_refused(tmp_path):
         make_trainer(tmp_path, steps=20).train(resume=True)
 
 
+@pytest.mark.parametrize(("before", "after"), [("adamw", "sgd"), ("sgd", "adamw")])
+def test_resume_with_another_optimizer_is_refused(tmp_path, before, after):
+    make_trainer(tmp_path, optimizer=before).train()
+    with pytest.raises(UserError, match=f"the optimizer {before}, which {after} can't go on.* --optimizer {before}"):
+        make_trainer(tmp_path, optimizer=after).train(resume=True)
+
+
+@pytest.mark.parametrize("content", [{"step": 3}, [1, 2], torch.ones(2)])
+def test_a_file_of_other_origin_is_no_checkpoint(tmp_path, content):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    torch.save(content, folder / "step-000000003.pt")
+    trainer = make_trainer(tmp_path)
+    before = copy.deepcopy(trainer.method.state_dict())
+    with pytest.raises(UserError, match=r"step-000000003\.pt is no checkpoint.*: it holds (a |no )"):
+        trainer.train(resume=True)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.method.state_dict().items())
+
+
 def test_resume_of_another_architecture_is_refused(tmp_path):
     make_trainer(tmp_path).train()
     with pytest.raises(UserError, match="another architecture"):
         make_trainer(tmp_path, "moco").train(resume=True)
+
+
+@pytest.mark.parametrize("batches", [[], iter([{"x": DATA[:8]}])])
+def test_batches_that_run_dry_end_the_run_with_an_error(tmp_path, batches):
+    trainer = make_trainer(tmp_path)
+    trainer.batches = batches
+    with pytest.raises(TrainingError, match=r"of 12 `batches` yields nothing\. No checkpoint was written yet"):
+        trainer.train()
+
+
+def test_one_empty_epoch_is_the_end_of_a_resumed_one(tmp_path):
+    class ResumedAtTheEnd:
+        epochs = 0
+
+        def __iter__(self):
+            self.epochs += 1
+            return iter([{"x": DATA[:8]}] * 4 if self.epochs % 2 == 0 else [])
+
+    trainer = make_trainer(tmp_path)
+    trainer.batches = ResumedAtTheEnd()
+    assert trainer.train()["steps"] == 12
+
+
+def test_epochs_of_no_batches_are_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(UserError, match="`batches` is empty"):
+        Trainer(trainer.method, trainer.updater.make_views, [], TrainerConfig(epochs=3), tmp_path)
 
 
 def test_epochs_are_counted_in_batches(tmp_path):

@@ -69,6 +69,10 @@ def test_bad_views_are_named():
         Views((torch.ones(2, 1), torch.ones(3, 1)))
     with pytest.raises(UserError, match="num_global = 3"):
         Views((torch.ones(2, 1), torch.ones(2, 1)), num_global=3)
+    for name in ("sample_ids", "labels"):
+        for value in (torch.arange(3), torch.tensor(2)):
+            with pytest.raises(UserError, match=rf"Views\.{name} has shape .* the views have 2 rows"):
+                Views((torch.ones(2, 1),), num_global=1, **{name: value})
     with pytest.raises(UserError, match="SimCLR compares exactly 2 views"):
         Views((torch.ones(2, 1),), num_global=1).require_pair("SimCLR")
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from contrastive_mm.distributed import gather_rows, process_index, row_counts
 from contrastive_mm.errors import UserError
-from contrastive_mm.memory.storage import StoredRows, check_size
+from contrastive_mm.memory.storage import StoredRows, check_rows, check_size, check_whole
 
 
 class InstanceBank(StoredRows):
@@ -85,22 +85,22 @@ class InstanceBank(StoredRows):
         """
         return self._read("features")
 
-    def read(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
+    def read(self, ids: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
         """The features of some samples, on the module's device.
 
         Args:
             ids: sample ids in any shape.
 
         Raises:
-            UserError: an id outside the bank.
+            UserError: an id outside the bank, or that is no whole number.
         """
         self._check_ids(ids)
         column = self._columns["features"]
-        rows = column.index_select(0, ids.reshape(-1).to(column.device))
+        rows = column.index_select(0, ids.reshape(-1).to(column.device, torch.long))
         return rows.view(*ids.shape, self.dim).to(self._home)
 
     @torch.no_grad()
-    def write(self, ids: Int[Tensor, " batch"], features: Float[Tensor, "batch dim"]) -> None:
+    def write(self, ids: Integer[Tensor, " batch"], features: Float[Tensor, "batch dim"]) -> None:
         """Mix new features into their samples' slots: ``v <- normalise(momentum v + (1 - momentum) f)``.
 
         Only these slots are written. Of several rows with the same id the last one counts, and the others are
@@ -112,12 +112,10 @@ class InstanceBank(StoredRows):
             features: (B, dim); normalised here.
 
         Raises:
-            UserError: an id outside the bank, another number of dimensions, or other numbers of rows.
+            UserError: an id outside the bank or that is no whole number, another number of dimensions, or other
+                numbers of rows.
         """
-        if features.shape[1] != self.dim:
-            raise UserError(f"The bank holds {self.dim} dimensions, but `features` has {features.shape[1]}.")
-        if len(ids) != len(features):
-            raise UserError(f"`ids` has {len(ids)} entries, but `features` has {len(features)} rows.")
+        check_rows("the bank", self.dim, features, ids)
         self._check_ids(ids)
         counts = row_counts(features)
         column = self._column_to_write("features")
@@ -179,6 +177,7 @@ class InstanceBank(StoredRows):
             self._log_normaliser = log_normaliser.detach().to(self._home, torch.float32)
 
     def _check_ids(self, ids: Tensor) -> None:
+        check_whole(ids)
         if ids.numel() == 0:
             return
         low, high = (int(bound) for bound in torch.stack(ids.aminmax()).tolist())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
 from contrastive_mm.distributed import gather_rows, row_counts
 from contrastive_mm.errors import UserError
-from contrastive_mm.memory.storage import StoredRows, check_size
+from contrastive_mm.memory.storage import StoredRows, check_rows, check_size
 
 
 class FeatureQueue(StoredRows):
@@ -79,7 +79,7 @@ class FeatureQueue(StoredRows):
         return self._read("ids")
 
     @torch.no_grad()
-    def push(self, features: Float[Tensor, "batch dim"], ids: Int[Tensor, " batch"] | None = None) -> None:
+    def push(self, features: Float[Tensor, "batch dim"], ids: Integer[Tensor, " batch"] | None = None) -> None:
         """Add rows, overwriting the oldest. Only the rows that are added are written.
 
         In several processes it is a collective: each calls it with its own rows, of whatever number.
@@ -89,7 +89,8 @@ class FeatureQueue(StoredRows):
             ids: (B,) integers, for a queue made ``with_ids``.
 
         Raises:
-            UserError: another number of dimensions; ids that are missing, of another number, or not wanted.
+            UserError: another number of dimensions; ids that are missing, of another number, no whole numbers, or not
+                wanted.
         """
         self._check(features, ids)
         # Cast first: half precision is half the traffic between processes.
@@ -103,14 +104,11 @@ class FeatureQueue(StoredRows):
         self._filled = min(self.size, self._filled + sum(counts))
 
     def _check(self, features: Tensor, ids: Tensor | None) -> None:
-        if features.shape[1] != self.dim:
-            raise UserError(f"The queue holds {self.dim} dimensions, but `features` has {features.shape[1]}.")
         if self.with_ids and ids is None:
             raise UserError("This queue keeps ids: push(features, ids) needs one integer for each row.")
         if not self.with_ids and ids is not None:
             raise UserError("This queue keeps no ids: make it with FeatureQueue(..., with_ids=True) to push `ids`.")
-        if ids is not None and len(ids) != len(features):
-            raise UserError(f"`ids` has {len(ids)} entries, but `features` has {len(features)} rows.")
+        check_rows("the queue", self.dim, features, ids)
 
     def _write(self, name: str, rows: Shaped[Tensor, " batch *rest"]) -> None:
         """Write rows from the cursor on, around the end."""

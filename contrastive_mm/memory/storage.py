@@ -133,6 +133,26 @@ def check_size(kind: str, size: int, dim: int, dtype: torch.dtype) -> None:
         raise UserError(f"{kind} can't keep features as {dtype}; use a floating-point dtype such as torch.float16.")
 
 
+def check_rows(kind: str, dim: int, features: Tensor, ids: Tensor | None) -> None:
+    """Raise UserError for rows that a bank of ``dim`` dimensions can't take up."""
+    if features.ndim != 2:
+        raise UserError(f"`features` has shape {tuple(features.shape)}; {kind} takes a matrix of (rows, dimensions).")
+    if features.shape[1] != dim:
+        raise UserError(f"`features` has {features.shape[1]} dimensions, but {kind} holds {dim}.")
+    if ids is not None:
+        if ids.ndim != 1:
+            raise UserError(f"`ids` has shape {tuple(ids.shape)}; give one number a row.")
+        if len(ids) != len(features):
+            raise UserError(f"`ids` has {len(ids)} entries, but `features` has {len(features)} rows.")
+        check_whole(ids)
+
+
+def check_whole(ids: Tensor) -> None:
+    """Raise UserError for ids of a type that can't number anything."""
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise UserError(f"`ids` holds {ids.dtype}; it names samples or classes and must be whole numbers.")
+
+
 def _start_copy(rows: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
     if device.type != "cuda":
         return rows.to(device), None

@@ -97,7 +97,7 @@ class NPID(Method):
     def _loss(self, features: Float[Tensor, "batch dim"], ids: Tensor) -> Tensor:
         own = (features * self.bank.read(ids)).sum(1) / self.temperature
         if self.negatives == 0:
-            return F.cross_entropy(features @ self.bank.features().float().T / self.temperature, ids)
+            return F.cross_entropy(features @ self.bank.features().float().T / self.temperature, ids.long())
         noise_ids = self.bank.sample_negatives(len(features), self.negatives)
         noise = torch.einsum("bd,bkd->bk", features, self.bank.read(noise_ids).float()) / self.temperature
         log_normaliser = self.bank.log_normaliser(noise.detach())

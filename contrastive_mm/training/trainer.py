@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Trainer:
         output: folder of the run; ``metrics.jsonl``, ``checkpoints/`` and ``encoder.safetensors`` go there.
 
     Raises:
-        UserError: as ``make_accelerator``.
+        UserError: ``batches`` is empty; or as ``make_accelerator``.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class Trainer:
         )
         self.method = method
         self.total_steps = config.steps or config.epochs * len(self.batches)
+        if self.total_steps == 0:
+            raise UserError("`batches` is empty: there is nothing to train on.")
         method.set_total_steps(self.total_steps)
         self.step = 0
         self.seconds = 0.0
@@ -90,7 +92,8 @@ class Trainer:
 
         Raises:
             UserError: ``output`` holds a run that was not taken up.
-            TrainingError: the loss or a weight is not finite; the last checkpoint stays as it was.
+            TrainingError: the loss or a weight is not finite, or ``batches`` yields nothing; the last checkpoint
+                stays as it was.
         """
         self._begin(resume)
         last: dict[str, float] = self.log.last() if self.finished else {}
@@ -98,20 +101,17 @@ class Trainer:
         began, before = time.perf_counter(), self.seconds
         bar = progress(total=self.total_steps, initial=self.step, desc=self.output.name, unit="step")
         with bar:
-            while self.step < self.total_steps:
-                for batch in self.batches:
-                    metrics = self._one_step(batch)
-                    samples += len(next(iter(batch.values())))
-                    self.seconds = before + time.perf_counter() - began
-                    if self._is_logged(self.step):
-                        rate = samples / (self.seconds - before)
-                        last = self._write_metrics(metrics, rate)
-                        bar.set_postfix_str(f"loss {last['loss']:.3f}, {rate:.0f} samples/s", refresh=False)
-                    bar.update()
-                    if self._is_due(self.config.checkpoint_every):
-                        self._save(metrics)
-                    if self.step == self.total_steps:
-                        break
+            for batch in self._batches():
+                metrics = self._one_step(batch)
+                samples += len(next(iter(batch.values())))
+                self.seconds = before + time.perf_counter() - began
+                if self._is_logged(self.step):
+                    rate = samples / (self.seconds - before)
+                    last = self._write_metrics(metrics, rate)
+                    bar.set_postfix_str(f"loss {last['loss']:.3f}, {rate:.0f} samples/s", refresh=False)
+                bar.update()
+                if self._is_due(self.config.checkpoint_every):
+                    self._save(metrics)
         return {
             "steps": self.step,
             "loss": last.get("loss", float("nan")),
@@ -130,6 +130,23 @@ class Trainer:
         if self.finished:
             # The last checkpoint may have been written just before a kill, and the encoder not.
             save_encoder(self.method.encoder, self.output / "encoder.safetensors")
+
+    def _batches(self) -> Iterator[Mapping[str, Tensor]]:
+        """A batch for each step that is left to do, epoch after epoch."""
+        empty = 0
+        while not self.finished:
+            empty += 1
+            for batch in self.batches:
+                empty = 0
+                yield batch
+                if self.finished:
+                    return
+            # One empty epoch may be the end of the one in which a resumed order was saved.
+            if empty == 2:
+                raise TrainingError(
+                    f"After step {self.step} of {self.total_steps} `batches` yields nothing. {self._kept()} Give what "
+                    "can be iterated anew each epoch (a list or a data loader, not a generator), with data in it."
+                )
 
     @property
     def finished(self) -> bool:
@@ -207,6 +224,7 @@ class Trainer:
             "seconds": self.seconds,
             "method": self.method.state_dict(),
             "optimizer": self.updater.optimizer.state_dict(),
+            "optimizer_name": self.config.optimizer,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "random": random_state(),
             "doctor": self.doctor.state_dict() if self.doctor is not None else None,
@@ -221,18 +239,15 @@ class Trainer:
         """Take up the newest checkpoint in ``output``; without one, begin at the first step.
 
         Raises:
-            UserError: the checkpoint can't be read, or belongs to another architecture, length or data order.
+            UserError: the checkpoint can't be read, or belongs to another architecture, optimizer, length or data order,
+                or is none of this trainer's.
         """
         state = self.checkpoints.load_newest()
         if state is None:
             self.log.cut_after(0)
             return
         newest = str(self.checkpoints.paths()[-1])
-        if state["total_steps"] != self.total_steps:
-            raise UserError(
-                f"{newest} is of a run of {state['total_steps']} steps, this one has {self.total_steps}: the "
-                "learning rate's schedule would break. Resume with the same --epochs and --steps."
-            )
+        self._check_checkpoint(state, newest)
         load_weights(self.method, state["method"], newest)
         self.updater.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.updater.accelerator.scaler is not None:
@@ -245,6 +260,25 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         self.log.cut_after(self.step)
         restore_random_state(state["random"])
+
+    def _check_checkpoint(self, state: Mapping[str, Any], name: str) -> None:
+        needed = ("step", "total_steps", "seconds", "method", "optimizer", "optimizer_name", "scaler", "random")
+        missing = [part for part in (*needed, *self._parts()) if part not in state]
+        if missing:
+            raise UserError(
+                f"{name} is no checkpoint of this run: it holds no {missing[0]!r}. Resume with the same data and "
+                "views, or move it away to resume from the one before it."
+            )
+        if state["total_steps"] != self.total_steps:
+            raise UserError(
+                f"{name} is of a run of {state['total_steps']} steps, this one has {self.total_steps}: the "
+                "learning rate's schedule would break. Resume with the same --epochs and --steps."
+            )
+        if state["optimizer_name"] != self.config.optimizer:
+            raise UserError(
+                f"{name} holds the state of the optimizer {state['optimizer_name']}, which {self.config.optimizer} "
+                f"can't go on from. Resume with --optimizer {state['optimizer_name']}."
+            )
 
     def _parts(self) -> dict[str, Any]:
         """What holds state besides the method and the optimizer."""
