@@ -154,7 +154,16 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        counts, rank, rest = ctx.counts, process_index(), gradient.shape[1:]
+        return _ScatterSum.apply(gradient, ctx.counts), None  # type: ignore[no-untyped-call]
+
+
+class _ScatterSum(torch.autograd.Function):
+    """Own rows of the sum over the processes: what gathering is backwards, and the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        rank, rest = process_index(), gradient.shape[1:]
         # A copy of its own: it is summed in place, and autograd may still need the gradient.
         padded = gradient.new_zeros(len(counts), max(counts), *rest)
         for part, own in zip(padded, gradient.split(counts), strict=True):
@@ -162,11 +171,15 @@ class _Gather(torch.autograd.Function):
         if dist.get_backend() == "gloo":
             # gloo has no reduce-scatter in all supported releases; the sum of all, and of it one's own part, is it.
             dist.all_reduce(padded)
-            return padded[rank, : counts[rank]], None
+            return padded[rank, : counts[rank]]
         result = torch.empty_like(padded[0])
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         reduce_scatter(result, padded.view(-1, *rest))
-        return result[: counts[rank]], None
+        return result[: counts[rank]]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(gradient, ctx.counts), None  # type: ignore[no-untyped-call]
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

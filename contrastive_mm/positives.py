@@ -94,6 +94,9 @@ class Positives:
                 raise UserError(f"Positives.{name} has shape {tuple(value.shape)}, but the batch has {rows} rows.")
             if value is not None and name in ("ids", "partner") and value.is_floating_point():
                 raise UserError(f"Positives.{name} holds {value.dtype}; it must hold whole numbers.")
+            # torch takes tensors of these as masks, or not at all, where rows are picked.
+            if value is not None and name == "partner" and value.dtype not in (torch.int64, torch.int32):
+                raise UserError(f"Positives.partner holds {value.dtype}; it must hold row numbers: call .long().")
         if self.matrix is not None:
             if self.matrix.shape != (rows, rows):
                 raise UserError(

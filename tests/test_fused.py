@@ -151,6 +151,17 @@ def test_other_losses_go_through_the_kernels_too():
         assert_equals_float64(compute, first, second)
 
 
+def test_numbers_may_be_of_any_type_and_lie_anywhere():
+    x, y = random(40, 6), random(40, 6, seed=1)
+    table = torch.stack([torch.arange(40) // 2, torch.arange(40) * 7 % 40], dim=1).to(DEVICE)
+    assert_equals_float64(lambda a, b: info_nce(a, b, ids=table[:, 0]), x, y)
+    assert_equals_float64(lambda a, b: info_nce(a, b, ids=table[:, 0].to(torch.int16)), x, y)
+    negative_ids = torch.zeros(1, dtype=torch.int32, device=DEVICE).expand(40)
+    assert_equals_float64(
+        lambda a, b: info_nce(a, b, y.to(a), ids=table[:, 0], negative_ids=negative_ids), x, random(40, 6, seed=2)
+    )
+
+
 def test_a_row_that_is_compared_with_nothing_costs_nothing():
     x = random(40, 4).requires_grad_()
     with use_form("fused"):

@@ -21,6 +21,11 @@ def check_pair(first: Tensor, second: Tensor, first_name: str, second_name: str)
         )
     check_features(first, first_name)
     check_features(second, second_name)
+    if (first.dtype == torch.float64) != (second.dtype == torch.float64):
+        raise UserError(
+            f"`{first_name}` holds {first.dtype} and `{second_name}` {second.dtype}: cast one of them, as float64 is "
+            "computed in float64."
+        )
 
 
 def check_features(features: Tensor, name: str) -> None:

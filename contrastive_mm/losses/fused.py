@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from contrastive_mm.losses.exclusion import Exclusion
+from contrastive_mm.losses.tiled import row_factors
 
 LARGEST_EXPONENT = 60.0
 """Up to this bound of all dot products exp overflows in no sum of fewer than e^28 of them, and no value is 0."""
@@ -52,7 +53,7 @@ def self_forward(features: Tensor, exclusion: Exclusion, factors: Tensor | None 
     """
     from contrastive_mm.losses import kernels
 
-    features = features.contiguous()
+    features, exclusion = features.contiguous(), _with_plain_ids(exclusion)
     if torch.are_deterministic_algorithms_enabled():
         return _online(features, features, exclusion, False, factors, factors)[0]
     rows, dim = features.shape
@@ -128,10 +129,7 @@ def views_forward(features: Tensor, scale: Tensor, normalize: bool, period: int)
     from contrastive_mm.losses import kernels
 
     rows, dim = features.shape
-    factors = scale.sqrt().expand(rows)
-    if normalize:
-        factors = factors / torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).clamp_min(1e-12)
-    factors = factors.contiguous()
+    factors = row_factors(features, scale, normalize)
     logsumexp = self_forward(features, Exclusion(period), factors)
     pairs = rows // 2
     positive = torch.empty(pairs, dtype=torch.float32, device=features.device)
@@ -170,6 +168,7 @@ def _online(
     """(N,) log-sum-exps and (N, D) expected columns or empty; with ``bound`` only where it is above the limit."""
     from contrastive_mm.losses import kernels
 
+    exclusion = _with_plain_ids(exclusion)
     sizes = _sizes(x)
     blocks = -(-len(x) // sizes.rows)
     parts, part = _parts(blocks, len(y), sizes)
@@ -218,7 +217,7 @@ def _backward(
     """(N, D) gradient of x: of its own log-sum-exps over y, and of those of y over x."""
     from contrastive_mm.losses import kernels
 
-    x, y = x.contiguous(), y.contiguous()
+    x, y, exclusion = x.contiguous(), y.contiguous(), _with_plain_ids(exclusion)
     factors, pair_gradients, scale, normalized, radial = views or (None, None, None, False, None)
     sizes = _sizes(x)
     blocks = -(-len(x) // sizes.rows)
@@ -298,6 +297,12 @@ def _options(features: Tensor, exclusion: Exclusion, factors: Tensor | None, siz
         "num_warps": sizes.warps,
         "num_stages": sizes.stages,
     }
+
+
+def _with_plain_ids(exclusion: Exclusion) -> Exclusion:
+    """Numbers one behind the other, as the kernels read them, and all of one type."""
+    ids = (None if each is None else each.long().contiguous() for each in (exclusion.row_ids, exclusion.column_ids))
+    return Exclusion(exclusion.period, exclusion.shift, *ids)
 
 
 def _turned(exclusion: Exclusion) -> Exclusion:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_features, check_pair
 from contrastive_mm.losses.logsumexp import self_logsumexp
-from contrastive_mm.losses.similarity import full_precision, widen
+from contrastive_mm.losses.similarity import full_precision, unit_rows, widen
 
 
 def alignment_loss(
@@ -32,8 +32,10 @@ def alignment_loss(
     """
     check_pair(first, second, "first", "second")
     with full_precision(first):
-        difference = F.normalize(widen(first), dim=1) - F.normalize(widen(second), dim=1)
-        return difference.square().sum(1).pow(power / 2).mean()
+        squares = (unit_rows(widen(first)) - unit_rows(widen(second))).square().sum(1)
+        # A root has no finite slope at 0, where a pair coincides and there is nothing to align.
+        apart = squares > 0
+        return torch.where(apart, torch.where(apart, squares, 1.0).pow(power / 2), 0.0).mean()
 
 
 def uniformity_loss(features: Float[Tensor, "batch dim"], concentration: float = 2.0) -> Float[Tensor, ""]:
@@ -57,6 +59,6 @@ def uniformity_loss(features: Float[Tensor, "batch dim"], concentration: float =
     if not concentration > 0:
         raise UserError(f"concentration = {concentration}; it must be above 0.")
     with full_precision(features):
-        unit = F.normalize(widen(features), dim=1) * math.sqrt(2 * concentration)
+        unit = unit_rows(widen(features)) * math.sqrt(2 * concentration)
         pairs = self_logsumexp(unit).logsumexp(0)
         return pairs - 2 * concentration - math.log(len(features) * (len(features) - 1))

@@ -77,7 +77,7 @@ def info_nce(
     with full_precision(query):
         scale = scale_of(temperature, prepare_key(query[:1], "dot"))
         left, right = prepare_query(query, similarity), prepare_key(key, similarity)
-        extra = None if negatives is None else prepare_key(negatives, similarity)
+        extra = None if negatives is None else prepare_key(negatives, similarity).to(left.dtype)
         candidates = _Candidates(
             left * scale, right, extra, scale, symmetric, positives, ids, negative_ids, in_batch_negatives, gather
         )

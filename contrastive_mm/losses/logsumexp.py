@@ -19,14 +19,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses import operators
 from contrastive_mm.losses.exclusion import Exclusion
-from contrastive_mm.losses.similarity import widen
+from contrastive_mm.losses.similarity import unit_rows, widen
 
 FORMS = ("auto", "plain", "tiled", "fused")
 
@@ -81,7 +80,11 @@ def self_logsumexp(
 
     Returns:
         (M,) in the type of ``features``; minus infinity for a row that is left with no pair.
+
+    Raises:
+        UserError: features of another type.
     """
+    _check_type(features)
     period = len(features) if period is None else period
     if is_plain(len(features) ** 2):
         return _plain(features, features, Exclusion(period, 0, ids, ids)).logsumexp(1)
@@ -109,7 +112,7 @@ def views_logsumexp(
     period = len(features) if period is None else period
     if is_plain(len(features) ** 2):
         wide = widen(features)
-        prepared = (F.normalize(wide, dim=1) if normalize else wide) * scale.sqrt()
+        prepared = (unit_rows(wide) if normalize else wide) * scale.sqrt()
         first, second = prepared.chunk(2)
         return self_logsumexp(prepared, period), (first * second).sum(1)
     logsumexp, positive, _ = operators.views_logsumexp(features, scale, normalize, period, _form)
@@ -140,6 +143,7 @@ def cross_logsumexp(
     Returns:
         (N,); minus infinity for a query that is left with no key.
     """
+    _check_type(query)
     if len(key) == 0:
         return query.new_full((len(query),), -math.inf)
     if is_plain(len(query) * len(key)):
@@ -159,11 +163,19 @@ def two_way_logsumexp(
     Returns:
         (N,) over the columns, and (K,) over the rows.
     """
+    _check_type(first)
     if is_plain(len(first) * len(second)):
         logits = _plain(first, second, Exclusion(0, 0, first_ids, second_ids))
         return logits.logsumexp(1), logits.logsumexp(0)
     rows, columns, _ = _cross(first, second, first_ids, second_ids, 0, 0, True, False)
     return rows, columns
+
+
+def _check_type(features: Tensor) -> None:
+    if features.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"Prepared features hold {features.dtype}; log-sum-exps need float32 or float64: .float() them."
+        )
 
 
 def _cross(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,7 +121,7 @@ class SigmoidLoss(nn.Module):
     def __init__(self, temperature: float = 0.1, bias: float = -10.0, **options: Any) -> None:
         super().__init__()
         self.temperature = LearnableTemperature(temperature)
-        self.bias = nn.Parameter(torch.tensor(bias))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
         self.options = options
 
     def forward(self, first: Tensor, second: Tensor) -> Float[Tensor, ""]:

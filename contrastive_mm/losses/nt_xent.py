@@ -16,6 +16,7 @@ from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp, vie
 from contrastive_mm.losses.similarity import (
     Similarity,
     Temperature,
+    check_symmetric,
     check_temperature,
     full_precision,
     prepare_key,
@@ -149,11 +150,12 @@ def hard_negative_nt_xent(
         else:
             weighted = weighted - math.log(negatives)
         positive = views.positive_similarity(None)
-        # All terms relative to exp(1 / T), the largest that a cosine gives, so that no temperature overflows.
-        mean = (weighted - views.scale).exp() - positive_prior * (positive - views.scale).exp()
-        floor = (-2 * views.scale).exp()
-        total = negatives * torch.maximum(mean / (1 - positive_prior), floor)
-        return views.mean(torch.log((positive - views.scale).exp() + total) + views.scale - positive)
+        # In logarithms, of which none overflows or vanishes at any temperature: E - tau e^s = E (1 - e^gap).
+        gap = positive + (math.log(positive_prior) if positive_prior > 0 else -math.inf) - weighted
+        left = gap < -1e-6
+        debiased = weighted + torch.log(-torch.expm1(torch.where(left, gap, -1.0))) - math.log1p(-positive_prior)
+        mean = torch.maximum(torch.where(left, debiased, -math.inf), -views.scale)
+        return views.mean(torch.logaddexp(positive, mean + math.log(negatives)) - positive)
 
 
 class _Views:
@@ -171,8 +173,7 @@ class _Views:
         with refuse_together(first, gather):
             check_pair(first, second, "first", "second")
             check_temperature(temperature)
-            if callable(similarity):
-                raise UserError("NT-Xent compares all views alike, which a map of the queries doesn't; use info_nce.")
+            check_symmetric(similarity)
             if positives is not None:
                 positives.check(len(first))
         self.similarity: Similarity = similarity

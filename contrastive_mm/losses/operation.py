@@ -50,15 +50,17 @@ class Operation:
 
         self.compiled.register_autograd(derive_compiled, setup_context=keep)
 
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            result = compute(*inputs)
-            keep(ctx, inputs, result)
-            return result
+        def forward(*inputs: Any) -> Any:
+            return compute(*inputs)
 
         def backward(ctx: Any, *gradients: Any) -> Any:
             return derive(ctx, lambda operation, *inputs: operation.eager(*inputs), *gradients)
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        members = {
+            "forward": staticmethod(forward),
+            "setup_context": staticmethod(keep),
+            "backward": staticmethod(backward),
+        }
         function: Any = type(name, (torch.autograd.Function,), members)
         self.eager: Callable[..., Any] = function.apply
 

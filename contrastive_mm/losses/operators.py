@@ -25,13 +25,18 @@ def engine(form: str, features: Tensor) -> ModuleType:
             limits = ", ".join(f"{str(dtype)[6:]} up to D = {dim}" for dtype, dim in availability.LARGEST_DIM.items())
             raise UserError(
                 f"The fused form takes {limits} on an NVIDIA GPU of the Ampere generation or later, "
-                f"with Triton installed; these are {features.dtype} of D = {features.shape[1]} on {features.device}. "
+                f"with Triton installed; these are {features.dtype} of D = {features.shape[1]} on {features.device} "
+                "(in half precision only nt_xent and dcl hand them over as they are). "
                 "Leave the form to 'auto', or take 'tiled'."
             )
         return fused
     if form == "auto" and features.is_cuda and availability.fits(features):
         return fused if availability.is_trusted(features.device, features.dtype, features.shape[1]) else tiled
     return tiled
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _self(features: Tensor, period: int, ids: Tensor | None, form: str) -> Tensor:
@@ -62,7 +67,7 @@ _self_backward = Operation(
     "self_logsumexp_backward",
     "(Tensor features, Tensor logsumexp, Tensor gradient, int period, Tensor? ids, str form) -> Tensor",
     _self_gradient,
-    lambda features, *rest: torch.empty_like(features, memory_format=torch.contiguous_format),
+    lambda features, *rest: _empty(features),
 )
 
 self_logsumexp = Operation(
@@ -109,7 +114,7 @@ def _cross_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
     query, key, query_ids, key_ids, ctx.period, ctx.shift, ctx.columns, ctx.expectation, ctx.form = inputs
     ctx.mark_non_differentiable(output[2])
     if ctx.expectation:
-        ctx.save_for_backward(output[2])
+        ctx.save_for_backward(query, output[2])
     else:
         ctx.save_for_backward(query, key, output[0], output[1], query_ids, key_ids)
 
@@ -118,13 +123,22 @@ def _cross_derivative(
     ctx: Any, call: Any, by_rows: Tensor, by_columns: Tensor, _: Tensor
 ) -> tuple[Tensor | None, ...]:
     if ctx.expectation:
-        (expected,) = ctx.saved_tensors
-        return by_rows[:, None] * expected, *[None] * 8
+        query, expected = ctx.saved_tensors
+        return call(_expectation_backward, by_rows, query, expected), *[None] * 8
     query, key, over_keys, over_queries, query_ids, key_ids = ctx.saved_tensors
     back = (over_queries, by_columns.contiguous()) if ctx.columns else (None, None)
     pairs = (query_ids, key_ids, ctx.period, ctx.shift, ctx.form)
     gradients = call(_cross_backward, query, key, over_keys, by_rows.contiguous(), *back, *pairs)
     return *gradients, *[None] * 7
+
+
+_expectation_backward = Operation(
+    "expectation_backward",
+    "(Tensor gradient, Tensor query, Tensor expected) -> Tensor",
+    # The query stands among the inputs so that a second derivative by it is refused.
+    lambda gradient, query, expected: gradient[:, None] * expected,
+    lambda gradient, query, expected: torch.empty_like(expected),
+)
 
 
 def _cross_gradient(
@@ -154,7 +168,7 @@ _cross_backward = Operation(
     "Tensor? queries_gradient, Tensor? query_ids, Tensor? key_ids, int period, int shift, str form) "
     "-> (Tensor, Tensor)",
     _cross_gradient,
-    lambda query, key, *rest: (torch.empty_like(query), torch.empty_like(key)),
+    lambda query, key, *rest: (_empty(query), _empty(key)),
 )
 
 cross_logsumexp = Operation(
@@ -217,7 +231,7 @@ _views_backward = Operation(
     "(Tensor features, Tensor scale, Tensor logsumexp, Tensor factors, Tensor by_logsumexp, Tensor by_positive, "
     "bool normalize, int period, str form) -> (Tensor, Tensor)",
     _views_gradient,
-    lambda features, scale, *rest: (torch.empty_like(features), torch.empty_like(scale)),
+    lambda features, scale, *rest: (_empty(features), torch.empty_like(scale)),
 )
 
 views_logsumexp = Operation(

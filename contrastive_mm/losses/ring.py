@@ -23,7 +23,7 @@ from contrastive_mm.losses.checks import check_ids, check_pair
 from contrastive_mm.losses.exclusion import Exclusion
 from contrastive_mm.losses.logsumexp import chosen_form
 from contrastive_mm.losses.operators import engine
-from contrastive_mm.losses.similarity import Temperature, check_temperature, full_precision, scale_of, widen
+from contrastive_mm.losses.similarity import Temperature, check_temperature, full_precision, scale_of, unit_rows, widen
 from contrastive_mm.positives import Positives
 
 
@@ -68,7 +68,7 @@ def ring_info_nce(
     if sum(counts) < 2:
         raise UserError("ring_info_nce has no negative to compare with: there is one sample in all processes.")
     with full_precision(query):
-        left, right = F.normalize(widen(query), dim=1), F.normalize(widen(key), dim=1)
+        left, right = unit_rows(widen(query)), unit_rows(widen(key))
         scale = scale_of(temperature, left)
         losses = _direction(left * scale, right, counts, positives, ids)
         if symmetric:
@@ -96,6 +96,14 @@ def _mean_positive(key: Tensor, counts: list[int], positives: Positives) -> Tens
         return positives.mean(key)  # all of them are this process's own
     relation = dataclasses.replace(positives, partner=None, share=None)
     return positives.mean(key, lambda keys: _RingSum.apply(keys, counts, relation))  # type: ignore[no-untyped-call]
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise UserError(
+            "ring_info_nce can't be differentiated twice, which create_graph=True asks for; "
+            "take info_nce(..., gather=True) inside `losses.use_form('plain')`."
+        )
 
 
 def _round(parts: list[Tensor], counts: list[int]) -> Iterator[tuple[list[Tensor], int]]:
@@ -141,8 +149,8 @@ class _RingLogsumexp(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        _refuse_second_derivative()
         query, key, total, *numbers = ctx.saved_tensors
         ids = numbers[0][:, 0] if numbers else None
         by_query = torch.zeros_like(query)
@@ -177,8 +185,8 @@ class _RingSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        _refuse_second_derivative()
         own = _columns(ctx.relation)
         rounds = _round([torch.zeros_like(gradient), *own], ctx.counts)
         for _ in ctx.counts:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -80,6 +79,24 @@ def widen(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
+def unit_rows(features: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+    """Rows divided by their length. A row of zeros stays one and gets no gradient: its direction is unknown."""
+    length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return features / length.masked_fill(length == 0, math.inf)
+
+
+def check_symmetric(similarity: object) -> None:
+    """Make sure that a similarity treats both of its sides alike.
+
+    Raises:
+        UserError: it is neither ``"cosine"`` nor ``"dot"``.
+    """
+    if callable(similarity):
+        raise UserError("All views are compared alike here, which a map of the queries doesn't; use info_nce.")
+    if similarity not in ("cosine", "dot"):
+        raise UserError(f"similarity = {similarity!r}; it must be 'cosine' or 'dot'.")
+
+
 def prepare_query(features: Tensor, similarity: Similarity) -> Tensor:
     """Features on the left of the dot product, in float32 or wider.
 
@@ -94,7 +111,7 @@ def prepare_query(features: Tensor, similarity: Similarity) -> Tensor:
 def prepare_key(features: Tensor, similarity: Similarity) -> Tensor:
     """Features on the right of the dot product, in float32 or wider."""
     if similarity == "cosine":
-        return F.normalize(widen(features), dim=1)
+        return unit_rows(widen(features))
     if similarity == "dot" or callable(similarity):
         return widen(features)
     raise UserError(f"similarity = {similarity!r}; it must be 'cosine', 'dot' or a map of the queries.")

@@ -13,7 +13,14 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.losses.checks import check_features, check_ids, check_pair
 from contrastive_mm.losses.logsumexp import cross_logsumexp, self_logsumexp
 from contrastive_mm.losses.nt_xent import SymmetricSimilarity
-from contrastive_mm.losses.similarity import Temperature, check_temperature, full_precision, prepare_key, scale_of
+from contrastive_mm.losses.similarity import (
+    Temperature,
+    check_symmetric,
+    check_temperature,
+    full_precision,
+    prepare_key,
+    scale_of,
+)
 from contrastive_mm.positives import Positives
 
 
@@ -57,6 +64,7 @@ def supcon(
         else:
             check_pair(first, second, "first", "second")
         check_temperature(temperature)
+        check_symmetric(similarity)
         positives = _as_positives(labels, first.shape[0])
     with full_precision(first):
         scale = scale_of(temperature, prepare_key(first[:1], "dot"))
@@ -87,6 +95,8 @@ def _as_positives(labels: Tensor | Positives, rows: int) -> Positives:
     elif labels.ndim == 1:
         check_ids(labels, "labels", rows, "first")
         positives = Positives.of_groups(labels)
+    elif labels.shape == (rows, 1) and rows > 1:
+        raise UserError(f"`labels` has shape ({rows}, 1); give one class a row, ({rows},): call .flatten().")
     else:
         positives = Positives.weighted(labels)
     positives.check(rows)

@@ -75,6 +75,8 @@ class _Tiles:
 
 
 def _largest_square(features: Tensor) -> float:
+    if len(features) == 0:
+        return 0.0
     # Row norms without a squared copy of the features.
     return float(torch.linalg.vector_norm(features, dim=1).max()) ** 2
 
@@ -120,7 +122,7 @@ def _log_add_(total: Tensor, rows: tuple[int, int], more: Tensor) -> None:
 def self_backward(features: Tensor, logsumexp: Tensor, gradient: Tensor, exclusion: Exclusion) -> Tensor:
     """Gradient of ``self_forward``: row i gets sum_j (g_i p_ij + g_j p_ji) x_j."""
     tiles = _Tiles(features, features, exclusion)
-    result = torch.zeros_like(features)
+    result = torch.zeros_like(features, memory_format=torch.contiguous_format)
     weights, ends = _weights(logsumexp, gradient), _finite(logsumexp)
     blocks = list(_starts(len(features), tiles.block))
     for number, i in enumerate(blocks):
@@ -141,6 +143,15 @@ def self_backward(features: Tensor, logsumexp: Tensor, gradient: Tensor, exclusi
     return result
 
 
+def row_factors(features: Tensor, scale: Tensor, normalize: bool) -> Tensor:
+    """(M,) by which rows are multiplied: the root of 1/T, over the row's length; 0 for a row of zeros."""
+    factors = scale.sqrt().expand(len(features))
+    if normalize:
+        lengths = torch.linalg.vector_norm(features, dim=1, dtype=scale.dtype)
+        factors = factors / lengths.masked_fill(lengths == 0, math.inf)
+    return factors.contiguous()
+
+
 def views_forward(features: Tensor, scale: Tensor, normalize: bool, period: int) -> tuple[Tensor, Tensor, Tensor]:
     """All that NT-Xent needs of two views below each other, from the encoder's own features.
 
@@ -153,10 +164,7 @@ def views_forward(features: Tensor, scale: Tensor, normalize: bool, period: int)
     Returns:
         Log-sum-exps (2N,), similarities of the pairs (N,), and the factors (2N,) by which rows were multiplied.
     """
-    factors = scale.sqrt().expand(len(features))
-    if normalize:
-        factors = factors / torch.linalg.vector_norm(features, dim=1, dtype=scale.dtype).clamp_min(1e-12)
-    factors = factors.contiguous()
+    factors = row_factors(features, scale, normalize)
     prepared = features * factors[:, None]
     first, second = prepared.chunk(2)
     return self_forward(prepared, Exclusion(period)), (first * second).sum(1), factors
@@ -253,7 +261,8 @@ def cross_backward(
         exclusion: as in the forward pass.
     """
     tiles = _Tiles(query, key, exclusion)
-    by_query, by_key = torch.zeros_like(query), torch.zeros_like(key)
+    by_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    by_key = torch.zeros_like(key, memory_format=torch.contiguous_format)
     row_weights, row_ends = _weights(*over_keys), _finite(over_keys[0])
     column_weights = None if over_queries is None else _weights(*over_queries)
     for i in _starts(len(query), tiles.block):
