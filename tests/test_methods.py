@@ -434,3 +434,30 @@ def test_the_momentum_of_scheduled_methods_rises_to_one():
         assert method.momentum_encoder.current_momentum == pytest.approx(0.9)
         train(method, 20)
         assert method.momentum_encoder.current_momentum == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vicreg", {"covariance": -1.0}, "--covariance = -1.0; it must be at least 0"),
+        ("vicreg", {"invariance": -1.0}, "--invariance = -1.0; it must be at least 0"),
+        ("vicreg", {"variance": math.nan}, "--variance = nan; it must be a finite number"),
+        ("barlow-twins", {"offdiagonal_weight": math.inf}, "--offdiagonal-weight = inf; it must be a finite number"),
+        ("npid", {"temperature": math.inf}, "--temperature = inf; it must be a finite number"),
+    ],
+)
+def test_weights_and_temperatures_that_no_loss_can_use_are_refused(name, options, message):
+    with pytest.raises(UserError, match=message):
+        get_method(name).config_class(**options)
+
+
+@pytest.mark.parametrize("name", ["barlow-twins", "byol", "nnclr", "simsiam", "vicreg"])
+def test_a_batch_of_one_is_refused_where_batch_norm_trains(name, generator):
+    method = build(name)
+    with pytest.raises(UserError, match="a batch of 1 sample, which its BatchNorm layers can't train on"):
+        method(make_views(1, generator))
+
+
+def test_a_batch_of_one_is_evaluated(generator):
+    objective = build("byol").eval()(make_views(1, generator))
+    assert math.isfinite(float(objective.loss.detach()))

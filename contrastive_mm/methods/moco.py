@@ -64,6 +64,7 @@ class MoCo(Method):
 
     def forward(self, views: Views) -> Objective:
         """InfoNCE of each query with its key against the queue."""
+        self.refuse_single_row(views)
         first, second = views.require_pair("MoCo")
         # Normalised here, and compared by their dot product: the queue's keys, which are normalised too, would
         # otherwise be normalised again at every step.

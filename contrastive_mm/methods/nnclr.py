@@ -59,6 +59,7 @@ class NNCLR(Method):
 
     def forward(self, views: Views) -> Objective:
         """InfoNCE from each view's neighbour to the other view's prediction."""
+        self.refuse_single_row(views)
         projected = encode_views(self._project, views.require_pair("NNCLR"))
         first, second = (F.normalize(view.float(), dim=1) for view in projected)
         predicted_first, predicted_second = (self.predictor(view) for view in projected)
