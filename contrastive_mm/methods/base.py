@@ -27,6 +27,7 @@ class Objective:
             them: a view of the queue holds other keys after ``after_step``.
         candidates: how many candidates a query chooses its positive from, the positive included. A model that
             tells nothing apart has the loss log(candidates).
+        temperature: what the method's ``--temperature`` divides similarities by, where ``candidates`` are told too.
         prototype_use: (K,) mean assignment of the batch to each prototype, with sum 1.
     """
 
@@ -35,6 +36,7 @@ class Objective:
     features: tuple[Tensor, Tensor] | None = None
     negatives: Tensor | None = None
     candidates: int | None = None
+    temperature: float | None = None
     prototype_use: Tensor | None = None
 
     def __post_init__(self) -> None:

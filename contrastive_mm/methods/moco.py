@@ -87,7 +87,7 @@ class MoCo(Method):
             self._new_keys.append(key)
         candidates = (len(query) if in_batch else 1) + (0 if negatives is None else len(negatives))
         metrics = {"positive_similarity": positive_similarity(query, key)}
-        return Objective(loss, metrics, features=(query, key), negatives=negatives, candidates=candidates)
+        return Objective(loss, metrics, (query, key), negatives, candidates, self.temperature)
 
     def after_step(self) -> None:
         """Move the key encoder, then put this step's keys into the queue."""

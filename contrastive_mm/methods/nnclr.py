@@ -78,7 +78,8 @@ class NNCLR(Method):
         if self.training:
             self._new_keys.append(first.detach())
         metrics = {"positive_similarity": positive_similarity(first, second)}
-        return Objective((losses[0] + losses[1]) / 2, metrics, features=(first, second), candidates=len(first))
+        loss = (losses[0] + losses[1]) / 2
+        return Objective(loss, metrics, (first, second), candidates=len(first), temperature=self.temperature)
 
     def after_step(self) -> None:
         """Put this step's first views into the queue."""
