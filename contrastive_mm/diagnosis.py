@@ -16,7 +16,7 @@ from torch import Tensor
 
 from contrastive_mm.geometry import alignment, effective_rank, feature_std, mean_similarity, uniformity
 from contrastive_mm.methods.base import Objective
-from contrastive_mm.verdicts import RULES, Verdict, Window
+from contrastive_mm.verdicts import FEWEST_ROWS, RULES, Verdict, Window
 
 MAX_ROWS = 256
 """Rows of a batch that the statistics look at: on more they hardly change, and the singular values cost time."""
@@ -158,7 +158,9 @@ class Doctor:
         step = int(line["step"])
         if not self._start:
             self._start = line
-            self._lowest_excess = line.get("excess", math.inf)
+            # The first loss of a few rows, perhaps against no more than these, is no measure of later ones.
+            if line.get("rows", 0) >= FEWEST_ROWS:
+                self._lowest_excess = line.get("excess", math.inf)
         if len(self._early) < EARLY_LINES:
             self._early.append(line)
         if step <= self.warmup_steps or (self._lines and step - self._lines[-1]["step"] < self._spacing):

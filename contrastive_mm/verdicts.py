@@ -81,6 +81,11 @@ class Window:
         return median(steps) / (0.67 * math.sqrt(2))
 
     @property
+    def temperature(self) -> float:
+        """The method's temperature: as it was told, for a mean would round 0.05 to less than 0.05."""
+        return self.lines[-1].get("temperature", math.nan)
+
+    @property
     def log_candidates(self) -> float:
         """The loss of a model that tells nothing apart."""
         return self.mean("loss") - self.mean("excess")
@@ -146,15 +151,15 @@ def _loss_rises(window: Window) -> Verdict | None:
     margin = 0.5 if clipped >= 0.9 else 1.0
     # A nat is a cosine of one temperature, which says little at a tiny one. And a loss without a floor, or of a small
     # batch, sways by more than a nat from line to line though nothing is wrong; but not far above log(candidates).
-    temperature = window.mean("temperature")
+    temperature = window.temperature
     if temperature < LOW_TEMPERATURE:
         margin *= LOW_TEMPERATURE / temperature
     if not median(window.values("loss")) > 2 * window.log_candidates:
-        margin = max(margin, 2 * window.noise("loss"))
+        margin = max(margin, 3 * window.noise("loss"))
     loss, start = window.mean("loss"), window.start["loss"]
     if window.mean("excess") > window.lowest_excess + margin:
         before = window.lowest_excess + window.log_candidates
-    elif loss > 10 * max(1.0, start):
+    elif math.isnan(window.mean("excess")) and loss > 10 * max(1.0, start):
         before = start
     else:
         return None
@@ -167,7 +172,7 @@ def _loss_rises(window: Window) -> Verdict | None:
 
 
 def _temperature_too_low(window: Window) -> Verdict | None:
-    if not window.mean("temperature") < LOW_TEMPERATURE:
+    if not window.temperature < LOW_TEMPERATURE:
         return None
     loss, negative = window.mean("loss"), window.mean("negative_similarity")
     trivial = window.log_candidates
@@ -188,7 +193,7 @@ def _temperature_too_low(window: Window) -> Verdict | None:
 def _temperature_too_high(window: Window) -> Verdict | None:
     # For similarities s with exp(s / T) nearly linear, log(candidates) - loss = gap / T.
     below = -window.mean("excess")
-    told = window.mean("temperature") > HIGH_TEMPERATURE
+    told = window.temperature > HIGH_TEMPERATURE
     if not (told and window.gap > 0.2 and 0 < below < window.gap / 2):
         return None
     return Verdict(

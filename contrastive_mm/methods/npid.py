@@ -87,8 +87,7 @@ class NPID(Method):
         if self.training:
             self._seen.append((ids, F.normalize(torch.stack(features).mean(0).detach(), dim=1)))
         own = (features[0].detach() * self.bank.read(ids)).sum(1).mean()
-        # Slots are random until their sample was seen: a second view tells more.
-        pair = (features[0], features[1] if len(features) > 1 else self.bank.read(ids).float())
+        pair = (features[0], self.bank.read(ids).float())
         return Objective(torch.stack(losses).mean(), {"positive_similarity": own}, features=pair)
 
     def after_step(self) -> None:
