@@ -16,7 +16,7 @@ from torch import Tensor
 
 from contrastive_mm.geometry import alignment, effective_rank, feature_std, mean_similarity, uniformity
 from contrastive_mm.methods.base import Objective
-from contrastive_mm.verdicts import RULES, Verdict, Window
+from contrastive_mm.verdicts import FEWEST_ROWS, RULES, Verdict, Window
 
 MAX_ROWS = 256
 """Rows of a batch that the statistics look at: on more they hardly change, and the singular values cost time."""
@@ -24,8 +24,11 @@ MAX_ROWS = 256
 MAX_KEYS_IN_QUEUE = 32
 """Keys that are looked for in the queue; all of a queue's 65,536 rows are compared with each."""
 
-UNLOGGED = ("rows", "dimensions", "prototypes")
+UNLOGGED = ("rows", "dimensions", "prototypes", "temperature")
 """What verdicts need to know and never changes over a run."""
+
+EARLY_LINES = 3
+"""Log lines at the start that are averaged: in a small batch the untrained model's figures are noisy."""
 
 
 @torch.no_grad()
@@ -42,6 +45,8 @@ def feature_statistics(objective: Objective) -> dict[str, float]:
     statistics: dict[str, float] = {}
     if objective.candidates is not None:
         statistics["candidates"] = objective.candidates
+    if objective.temperature is not None:
+        statistics["temperature"] = objective.temperature
     if objective.prototype_use is not None:
         use = objective.prototype_use.float()
         statistics["prototypes"] = len(use)
@@ -99,6 +104,7 @@ class Doctor:
         self._spacing = max(log_every, self.patience // 20)
         self._lines: deque[dict[str, float]] = deque(maxlen=self.patience // self._spacing)
         self._start: dict[str, float] = {}
+        self._early: list[dict[str, float]] = []
         self._lowest_excess = math.inf
         self._last_held: dict[str, int] = {}
         self._said: list[str] = []
@@ -152,13 +158,17 @@ class Doctor:
         step = int(line["step"])
         if not self._start:
             self._start = line
-            self._lowest_excess = line.get("excess", math.inf)
+            # The first loss of a few rows, perhaps against no more than these, is no measure of later ones.
+            if line.get("rows", 0) >= FEWEST_ROWS:
+                self._lowest_excess = line.get("excess", math.inf)
+        if len(self._early) < EARLY_LINES:
+            self._early.append(line)
         if step <= self.warmup_steps or (self._lines and step - self._lines[-1]["step"] < self._spacing):
             return None
         self._lines.append(line)
         if len(self._lines) < (self._lines.maxlen or 0):
             return None
-        window = Window(list(self._lines), self._start, self._lowest_excess)
+        window = Window(list(self._lines), self._start, self._lowest_excess, self._early)
         verdict = self._first_new([held for rule in RULES if (held := rule(window)) is not None], step)
         self._lowest_excess = min(self._lowest_excess, window.mean("excess"))
         return verdict
@@ -177,6 +187,7 @@ class Doctor:
         return {
             "lines": list(self._lines),
             "start": self._start,
+            "early": self._early,
             "lowest_excess": self._lowest_excess,
             "last_held": self._last_held,
             "said": self._said,
@@ -189,6 +200,7 @@ class Doctor:
         """Take back what ``state_dict`` gave."""
         self._lines = deque(state["lines"], maxlen=self._lines.maxlen)
         self._start = dict(state["start"])
+        self._early = list(state["early"])
         self._lowest_excess = state["lowest_excess"]
         self._last_held = dict(state["last_held"])
         self._said = list(state["said"])

@@ -8,6 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+LOW_TEMPERATURE = 0.05
+HIGH_TEMPERATURE = 0.5
+"""Between these two, both included, no failure is put down to the temperature: from SimCSE's to SimCLR's."""
+
+FEWEST_ROWS = 4
+"""The geometry of two or three rows is too noisy to say that nothing moves, or that positives don't stand out."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,20 @@ class Window:
         lines: the latest lines, oldest first.
         start: the line of the first step, of the untrained model.
         lowest_excess: the lowest ``excess`` so far, of the first line or the mean of a window.
+        early: the first lines, of the hardly trained model.
     """
 
-    def __init__(self, lines: list[dict[str, float]], start: dict[str, float], lowest_excess: float) -> None:
+    def __init__(
+        self,
+        lines: list[dict[str, float]],
+        start: dict[str, float],
+        lowest_excess: float,
+        early: list[dict[str, float]],
+    ) -> None:
         self.lines = lines
         self.start = start
         self.lowest_excess = lowest_excess
+        self.early = early
 
     def values(self, name: str) -> list[float]:
         """A figure of every line."""
@@ -50,6 +67,23 @@ class Window:
     def all_below(self, name: str, limit: float) -> bool:
         """Whether a figure lies below the limit in every line."""
         return all(value < limit for value in self.values(name))
+
+    def early_mean(self, name: str) -> float:
+        """Mean of a figure over the first lines."""
+        return sum(line.get(name, math.nan) for line in self.early) / len(self.early)
+
+    def noise(self, name: str) -> float:
+        """Standard deviation of a figure from line to line; a steady change, or one odd line, doesn't count.
+
+        By the median difference of successive lines, which of normal noise is 0.67 sqrt(2) standard deviations.
+        """
+        steps = [abs(after - before) for before, after in pairwise(self.values(name))]
+        return median(steps) / (0.67 * math.sqrt(2))
+
+    @property
+    def temperature(self) -> float:
+        """The method's temperature: as it was told, for a mean would round 0.05 to less than 0.05."""
+        return self.lines[-1].get("temperature", math.nan)
 
     @property
     def log_candidates(self) -> float:
@@ -115,10 +149,17 @@ def _full_collapse(window: Window) -> Verdict | None:
 def _loss_rises(window: Window) -> Verdict | None:
     clipped = window.mean("clipped_share")
     margin = 0.5 if clipped >= 0.9 else 1.0
+    # A nat is a cosine of one temperature, which says little at a tiny one. And a loss without a floor, or of a small
+    # batch, sways by more than a nat from line to line though nothing is wrong; but not far above log(candidates).
+    temperature = window.temperature
+    if temperature < LOW_TEMPERATURE:
+        margin *= LOW_TEMPERATURE / temperature
+    if not median(window.values("loss")) > 2 * window.log_candidates:
+        margin = max(margin, 3 * window.noise("loss"))
     loss, start = window.mean("loss"), window.start["loss"]
     if window.mean("excess") > window.lowest_excess + margin:
         before = window.lowest_excess + window.log_candidates
-    elif loss > 10 * max(1.0, start):
+    elif math.isnan(window.mean("excess")) and loss > 10 * max(1.0, start):
         before = start
     else:
         return None
@@ -131,6 +172,8 @@ def _loss_rises(window: Window) -> Verdict | None:
 
 
 def _temperature_too_low(window: Window) -> Verdict | None:
+    if not window.temperature < LOW_TEMPERATURE:
+        return None
     loss, negative = window.mean("loss"), window.mean("negative_similarity")
     trivial = window.log_candidates
     # Solved by a hair: hardly a gradient is left, and the negatives are as near as in the untrained model.
@@ -150,7 +193,8 @@ def _temperature_too_low(window: Window) -> Verdict | None:
 def _temperature_too_high(window: Window) -> Verdict | None:
     # For similarities s with exp(s / T) nearly linear, log(candidates) - loss = gap / T.
     below = -window.mean("excess")
-    if not (window.gap > 0.2 and 0 < below < window.gap / 2):
+    told = window.temperature > HIGH_TEMPERATURE
+    if not (told and window.gap > 0.2 and 0 < below < window.gap / 2):
         return None
     return Verdict(
         "temperature too high",
@@ -179,7 +223,8 @@ def _dimensional_collapse(window: Window) -> Verdict | None:
 def _stuck(window: Window) -> Verdict | None:
     trivial = window.log_candidates
     lowest, loss = 0.99 * trivial, window.mean("loss")
-    if not (lowest <= loss < 1.2 * trivial and window.lines[-1]["loss"] >= lowest and window.gap < 0.05):
+    told = window.mean("rows") >= FEWEST_ROWS and window.gap < 0.05
+    if not (told and lowest <= loss < 1.2 * trivial and window.lines[-1]["loss"] >= lowest):
         return None
     return Verdict(
         "loss stuck at log(N)",
@@ -193,8 +238,13 @@ def _stuck(window: Window) -> Verdict | None:
 def _nothing_moves(window: Window) -> Verdict | None:
     scales = {"positive_similarity": 1.0, "negative_similarity": 1.0}
     scales |= {"feature_std": window.mean("dimensions") ** -0.5, "effective_rank": window.mean("dimensions")}
-    moved = [abs(window.mean(name) - window.start.get(name, math.nan)) / scale for name, scale in scales.items()]
-    if not (all(value < 0.02 for value in moved) and window.mean("loss") > 0.9 * window.start["loss"]):
+    moved = [abs(window.mean(name) - window.early_mean(name)) / scale for name, scale in scales.items()]
+    # Against log(candidates) where they are told: a queue that fills makes the loss rise. Regression losses lie near
+    # 0 or below it, where a share of the loss says nothing.
+    loss = "loss" if math.isnan(window.mean("excess")) else "excess"
+    fallen = window.early_mean(loss) - window.mean(loss)
+    noticed = max(0.1 * abs(window.early_mean("loss")), 2 * window.noise("loss"))
+    if not (window.mean("rows") >= FEWEST_ROWS and all(value < 0.02 for value in moved) and fallen < noticed):
         return None
     return Verdict(
         "learning rate too low",
@@ -210,8 +260,8 @@ RULES: tuple[Callable[[Window], Verdict | None], ...] = (
     _queued_positives,
     _prototype_collapse,
     _full_collapse,
-    _loss_rises,
     _temperature_too_low,
+    _loss_rises,
     _temperature_too_high,
     _dimensional_collapse,
     _stuck,

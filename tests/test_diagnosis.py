@@ -98,6 +98,21 @@ def test_small_batches_and_hard_views_hear_nothing(tmp_path, name, batch, every,
     assert run(tmp_path, name, views=NoisyViews(noise), batch=batch, log_every=every) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "batch"),
+    [
+        ("dcl", {"weight_concentration": None}, 8),
+        ("dcl", {"weight_concentration": None}, 2),
+        ("dcl", {"temperature": 1e-3}, 8),
+        ("nnclr", {"temperature": 0.1}, 2),
+        ("simclr-v2", {"queue_size": 256}, 2),
+        ("npid", {"temperature": 0.07}, 64),
+    ],
+)
+def test_losses_that_sway_by_more_than_a_nat_hear_nothing(tmp_path, name, options, batch):
+    assert run(tmp_path, name, options, batch=batch, steps=250) == []
+
+
 @pytest.mark.parametrize(("name", "options"), [("simclr", {"projection_layers": 0}), ("moco", {}), ("simcse", {})])
 @pytest.mark.parametrize("feature_dim", [2, 8])
 def test_healthy_runs_of_few_dimensions_hear_nothing(tmp_path, name, options, feature_dim):
@@ -109,6 +124,22 @@ def test_healthy_runs_of_few_dimensions_hear_nothing(tmp_path, name, options, fe
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 def test_usual_temperatures_hear_nothing(tmp_path, name, temperature):
     assert run(tmp_path, name, {"temperature": temperature}) == []
+
+
+@pytest.mark.parametrize("name", ["moco", "simclr-v2"])
+def test_a_tiny_temperature_against_a_queue_is_not_put_down_to_the_learning_rate(tmp_path, name):
+    said = run(tmp_path, name, {"temperature": 1e-3, "queue_size": 256}, NoisyViews(1.0), steps=250)
+    assert said[:1] == ["temperature too low"]
+    assert "learning rate too high" not in said
+
+
+def test_a_method_without_a_temperature_is_not_told_to_change_it():
+    first = torch.randn(64, 16)
+    for temperature, expected in ((None, []), (8.0, ["temperature too high"]), (0.5, [])):
+        objective = Objective(torch.tensor(0.0), features=(first, first), candidates=64, temperature=temperature)
+        doctor = Doctor(log_every=10, total_steps=100)
+        feed(doctor, objective, [1], loss=8.0)
+        assert list(feed(doctor, objective, range(2, 301), loss=4.1).values()) == expected
 
 
 @pytest.mark.parametrize("name", ["simclr", "simcse"])
@@ -142,8 +173,13 @@ def test_a_learning_rate_that_is_too_high_is_named(tmp_path, name, options):
     assert ("gradients were clipped" in diagnoses(tmp_path)[0]) == ("gradient_clip" in options)
 
 
-def test_a_learning_rate_that_moves_nothing_is_named(tmp_path):
-    assert run(tmp_path, "simclr", learning_rate=1e-7) == ["learning rate too low"]
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "npid"])
+def test_a_learning_rate_that_moves_nothing_is_named(tmp_path, name):
+    assert run(tmp_path, name, learning_rate=1e-9, batch=32) == ["learning rate too low"]
+
+
+def test_the_loss_of_npid_does_not_rise_where_nothing_is_learned(tmp_path):
+    assert "learning rate too high" not in run(tmp_path, "npid", {"temperature": 0.07}, learning_rate=1e-9)
 
 
 @pytest.mark.parametrize("name", ["simclr", "simcse"])

@@ -395,7 +395,37 @@ def test_a_model_cast_to_another_type_takes_steps(name, dtype, generator):
     assert all(parameter.grad.dtype == dtype for parameter in method.encoder.parameters())
 
 
-def test_npid_writes_after_the_step_and_fixes_its_normaliser(generator):
+def test_the_normaliser_of_npid_is_a_running_mean_over_steps(generator):
+    method = build("npid", negatives=5)
+    ids, expected = torch.tensor([3, 9]), None
+    for _ in range(3):
+        views = make_views(2, generator)
+        with torch.no_grad():
+            second = nn.functional.normalize(method._project(torch.cat(views.inputs))[2:], dim=1)
+        bank = copy.deepcopy(method.bank)
+        bank.sample_negatives(2, 5)  # the first view's
+        noise = bank.read(bank.sample_negatives(2, 5))
+        drawn = [float(second[i] @ noise[i, j]) / 0.2 for i in range(2) for j in range(5)]
+        estimate = 256 * sum(map(math.exp, drawn)) / len(drawn)
+        expected = estimate if expected is None else 0.9 * expected + 0.1 * estimate
+        method(dataclasses.replace(views, sample_ids=ids))
+        method.after_step()
+        assert float(method._log_normaliser) == pytest.approx(math.log(expected), abs=1e-4)
+    resumed = build("npid", negatives=5)
+    resumed.load_state_dict(method.state_dict())
+    assert torch.equal(resumed._log_normaliser, method._log_normaliser)
+
+
+def test_the_loss_of_npid_does_not_explode_once_the_bank_holds_features(generator):
+    method = build("npid", temperature=0.07)
+    first = float(method(make_views(128, generator)).loss.detach())
+    for _ in range(20):
+        method(make_views(256, generator))
+        method.after_step()
+    assert float(method(make_views(128, generator)).loss.detach()) < 1.5 * first, "nothing was trained"
+
+
+def test_npid_writes_after_the_step(generator):
     method = build("npid")
     before = method.bank.features().clone()
     method(make_views(16, generator))
@@ -404,9 +434,6 @@ def test_npid_writes_after_the_step_and_fixes_its_normaliser(generator):
     changed = (method.bank.features() != before).any(1)
     assert changed[:16].all()
     assert not changed[16:].any()
-    first = method.bank.log_normaliser(torch.zeros(1, 1))
-    train(method, 3)
-    assert torch.equal(method.bank.log_normaliser(torch.zeros(1, 1)), first)
     with pytest.raises(UserError, match="NPID keeps a slot a sample"):
         method(Views(make_views(4, generator).inputs))
     with pytest.raises(UserError, match="Sample id 999 is outside"):
@@ -452,3 +479,30 @@ def test_the_momentum_of_scheduled_methods_rises_to_one():
         assert method.momentum_encoder.current_momentum == pytest.approx(0.9)
         train(method, 20)
         assert method.momentum_encoder.current_momentum == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vicreg", {"covariance": -1.0}, "--covariance = -1.0; it must be at least 0"),
+        ("vicreg", {"invariance": -1.0}, "--invariance = -1.0; it must be at least 0"),
+        ("vicreg", {"variance": math.nan}, "--variance = nan; it must be a finite number"),
+        ("barlow-twins", {"offdiagonal_weight": math.inf}, "--offdiagonal-weight = inf; it must be a finite number"),
+        ("npid", {"temperature": math.inf}, "--temperature = inf; it must be a finite number"),
+    ],
+)
+def test_weights_and_temperatures_that_no_loss_can_use_are_refused(name, options, message):
+    with pytest.raises(UserError, match=message):
+        get_method(name).config_class(**options)
+
+
+@pytest.mark.parametrize("name", ["barlow-twins", "byol", "nnclr", "simsiam", "vicreg"])
+def test_a_batch_of_one_is_refused_where_batch_norm_trains(name, generator):
+    method = build(name)
+    with pytest.raises(UserError, match="a batch of 1 sample, which its BatchNorm layers can't train on"):
+        method(make_views(1, generator))
+
+
+def test_a_batch_of_one_is_evaluated(generator):
+    objective = build("byol").eval()(make_views(1, generator))
+    assert math.isfinite(float(objective.loss.detach()))

@@ -52,6 +52,7 @@ class BarlowTwins(Method):
     def forward(self, views: Views) -> Objective:
         """Redundancy reduction between the two views."""
         views.refuse_positives("Barlow Twins")
+        self.refuse_single_row(views)
         pair: tuple[Any, Any] = views.require_pair("Barlow Twins")
         first, second = (self.projector(self.encoder(view)) for view in pair)
         loss = barlow_twins(first, second, self.config.offdiagonal_weight)

@@ -27,6 +27,7 @@ class Objective:
             them: a view of the queue holds other keys after ``after_step``.
         candidates: how many candidates a query chooses its positive from, the positive included. A model that
             tells nothing apart has the loss log(candidates).
+        temperature: what the method's ``--temperature`` divides similarities by, where ``candidates`` are told too.
         prototype_use: (K,) mean assignment of the batch to each prototype, with sum 1.
     """
 
@@ -35,6 +36,7 @@ class Objective:
     features: tuple[Tensor, Tensor] | None = None
     negatives: Tensor | None = None
     candidates: int | None = None
+    temperature: float | None = None
     prototype_use: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +80,20 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def forward(self, views: Views) -> Objective:
         """Compute the objective of one batch of views."""
+
+    def refuse_single_row(self, views: Views) -> None:
+        """For methods that encode each view by itself: in training BatchNorm has nothing to normalise one row by.
+
+        Raises:
+            UserError: the batch has one sample, and BatchNorm layers of this method are being trained.
+        """
+        if views.batch_size != 1 or not self.training:
+            return
+        if any(isinstance(module, nn.BatchNorm1d) and module.training for module in self.modules()):
+            raise UserError(
+                f"{type(self).__name__} got a batch of 1 sample, which its BatchNorm layers can't train on: give "
+                "batches of at least 2, and leave out a last batch that is smaller."
+            )
 
     def set_total_steps(self, total_steps: int) -> None:
         """Learn how many optimizer steps the run has, for schedules; called once, before the first step."""

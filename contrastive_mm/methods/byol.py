@@ -67,6 +67,7 @@ class BYOL(Method):
     def forward(self, views: Views) -> Objective:
         """Predict the target's projection of each view from the other view."""
         views.refuse_positives("BYOL")
+        self.refuse_single_row(views)
         pair: tuple[Any, Any] = views.require_pair("BYOL")
         first, second = (self.projector(self.encoder(view)) for view in pair)
         first_target, second_target = (self.momentum_encoder(view) for view in pair)

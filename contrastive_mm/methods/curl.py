@@ -46,6 +46,7 @@ class CURL(Method):
 
     def forward(self, views: Views) -> Objective:
         """InfoNCE of anchors with their positive crop against the batch's other crops."""
+        self.refuse_single_row(views)
         anchor, positive = views.require_pair("CURL")
         query = self.projector(self.encoder(anchor))
         key = self.momentum_encoder(positive)

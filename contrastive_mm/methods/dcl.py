@@ -59,7 +59,7 @@ class DCL(Method):
         metrics = {"positive_similarity": positive_similarity(first, second)}
         # With positives their number differs from row to row.
         candidates = 2 * len(first) - 2 if views.positives is None else None
-        return Objective(loss, metrics, features=(first, second), candidates=candidates)
+        return Objective(loss, metrics, (first, second), candidates=candidates, temperature=self.options.temperature)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

@@ -64,6 +64,7 @@ class MoCo(Method):
 
     def forward(self, views: Views) -> Objective:
         """InfoNCE of each query with its key against the queue."""
+        self.refuse_single_row(views)
         first, second = views.require_pair("MoCo")
         # Normalised here, and compared by their dot product: the queue's keys, which are normalised too, would
         # otherwise be normalised again at every step.
@@ -86,7 +87,7 @@ class MoCo(Method):
             self._new_keys.append(key)
         candidates = (len(query) if in_batch else 1) + (0 if negatives is None else len(negatives))
         metrics = {"positive_similarity": positive_similarity(query, key)}
-        return Objective(loss, metrics, features=(query, key), negatives=negatives, candidates=candidates)
+        return Objective(loss, metrics, (query, key), negatives, candidates, self.temperature)
 
     def after_step(self) -> None:
         """Move the key encoder, then put this step's keys into the queue."""

@@ -60,6 +60,7 @@ class NNCLR(Method):
 
     def forward(self, views: Views) -> Objective:
         """InfoNCE from each view's neighbour to the other view's prediction."""
+        self.refuse_single_row(views)
         projected = encode_views(self._project, views.require_pair("NNCLR"))
         first, second = (F.normalize(widen(view), dim=1) for view in projected)
         predicted_first, predicted_second = (self.predictor(view) for view in projected)
@@ -78,7 +79,8 @@ class NNCLR(Method):
         if self.training:
             self._new_keys.append(first.detach())
         metrics = {"positive_similarity": positive_similarity(first, second)}
-        return Objective((losses[0] + losses[1]) / 2, metrics, features=(first, second), candidates=len(first))
+        loss = (losses[0] + losses[1]) / 2
+        return Objective(loss, metrics, (first, second), candidates=len(first), temperature=self.temperature)
 
     def after_step(self) -> None:
         """Put this step's first views into the queue."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from contrastive_mm.memory import InstanceBank
 from contrastive_mm.methods.base import Method, Objective
 from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.views import Views, encode_views
+
+NORMALISER_MOMENTUM = 0.9
+"""Share of the running normaliser kept at each step: it averages noise over ten steps, and follows the features."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,11 @@ class NPID(Method):
     refuses ``Views.positives``: they relate the rows of two views, and views are compared with slots here. A mixed
     view would be written into the slot of one sample, and spoil it.
 
-    Where paper and released code disagree (how slots are written, over what the normaliser is averaged) is said at
-    ``InstanceBank``. The paper's proximal term (section 3.3) is left out, as in the code.
+    The normaliser Z (equation 8) is a running mean over steps. Paper and code keep the estimate of the first batches,
+    which compare features with random slots: once the slots hold features, the true Z is larger by orders of
+    magnitude, each noise sample looks like a positive, and the loss rises a hundredfold even where nothing is learned.
+    How slots are written where paper and code disagree is said at ``InstanceBank``. The paper's proximal term
+    (section 3.3) is left out, as in the code.
     """
 
     config_class = NPIDConfig
@@ -62,6 +69,7 @@ class NPID(Method):
         self.bank = InstanceBank(config.bank_size, config.projection_dim, config.bank_momentum)
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._log_normaliser: Tensor | None = None
+        self._new_log_normaliser: Tensor | None = None
 
     def forward(self, views: Views) -> Objective:
         """Tell each view's own slot from the others, the mean over all full views.
@@ -83,13 +91,28 @@ class NPID(Method):
         return Objective(torch.stack(losses).mean(), {"positive_similarity": own}, features=pair)
 
     def after_step(self) -> None:
-        """Keep the normaliser of the first step, then mix this step's features into the bank."""
-        if self._log_normaliser is not None:
-            self.bank.fix_normaliser(self._log_normaliser)
-            self._log_normaliser = None
+        """Keep the running normaliser, then mix this step's features into the bank."""
+        if self._new_log_normaliser is not None:
+            self._log_normaliser, self._new_log_normaliser = self._new_log_normaliser, None
         for ids, features in self._seen:
             self.bank.write(ids, features)
         self._seen.clear()
+
+    def get_extra_state(self) -> dict[str, float | None]:
+        """The running normaliser, for ``state_dict``."""
+        return {"log_normaliser": None if self._log_normaliser is None else float(self._log_normaliser)}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take back what ``get_extra_state`` gave."""
+        kept = state["log_normaliser"]
+        self._log_normaliser = None if kept is None else torch.tensor(kept)
+
+    def _running_log_normaliser(self, estimate: Tensor) -> Tensor:
+        """The logarithm of the mean of Z over earlier steps and this one; the first step's is its own estimate."""
+        if self._log_normaliser is None:
+            return estimate
+        kept = self._log_normaliser.to(estimate) + math.log(NORMALISER_MOMENTUM)
+        return torch.logaddexp(kept, estimate + math.log(1 - NORMALISER_MOMENTUM))
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))
@@ -100,8 +123,9 @@ class NPID(Method):
             return F.cross_entropy(features @ self.bank.features().float().T / self.temperature, ids.long())
         noise_ids = self.bank.sample_negatives(len(features), self.negatives)
         noise = torch.einsum("bd,bkd->bk", features, self.bank.read(noise_ids).float()) / self.temperature
-        log_normaliser = self.bank.log_normaliser(noise.detach())
-        self._log_normaliser = log_normaliser
+        log_normaliser = self._running_log_normaliser(self.bank.log_normaliser(noise.detach()))
+        if self.training:
+            self._new_log_normaliser = log_normaliser
         # h = P / (P + m P_n), with P = exp(s) / Z and P_n = 1 / n: a sigmoid of s - log Z - log(m / n).
         offset = log_normaliser + math.log(self.negatives / len(self.bank))
         return -(F.logsigmoid(own - offset) + F.logsigmoid(offset - noise).sum(1)).mean()

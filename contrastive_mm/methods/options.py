@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from contrastive_mm.errors import UserError
 
-LEAST = {"_dim": 1, "_size": 1, "_layers": 0, "_steps": 0, "_weight": 0.0}
+# By the ends of names: "variance" is VICReg's invariance and covariance too.
+LEAST = {"_dim": 1, "_size": 1, "_layers": 0, "_steps": 0, "_weight": 0.0, "variance": 0.0}
 ABOVE_ZERO = ("temperature", "epsilon", "weight_concentration")
 SHARES = ("momentum", "bank_momentum")
 
@@ -16,7 +18,8 @@ class MethodOptions:
     """Base of the methods' option classes: refuses what no method can use, by the option's name.
 
     Raises:
-        UserError: a temperature not above 0, a momentum outside 0..1, a size or dimension below 1, ...
+        UserError: NaN or infinity, a temperature not above 0, a momentum outside 0..1, a weight below 0, a size or
+            dimension below 1, ...
     """
 
     def __post_init__(self) -> None:
@@ -25,6 +28,8 @@ class MethodOptions:
             flag = f"--{field.name.replace('_', '-')} = {value}"
             if value is None or isinstance(value, bool | str):
                 continue
+            if not math.isfinite(value):
+                raise UserError(f"{flag}; it must be a finite number.")
             if field.name in ABOVE_ZERO and not value > 0:
                 raise UserError(f"{flag}; it must be above 0.")
             if field.name in SHARES and not 0 <= value <= 1:

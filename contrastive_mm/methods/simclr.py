@@ -49,7 +49,8 @@ class SimCLR(Method):
         first, second = encode_views(self._project, views.require_pair("SimCLR"))
         loss = nt_xent(first, second, self.temperature, positives=views.positives, gather=True)
         metrics = {"positive_similarity": positive_similarity(first, second)}
-        return Objective(loss, metrics, features=(first, second), candidates=2 * len(first) - 1)
+        candidates = 2 * len(first) - 1
+        return Objective(loss, metrics, (first, second), candidates=candidates, temperature=self.temperature)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

@@ -80,7 +80,8 @@ class SimCLRV2(Method):
         metrics = {"positive_similarity": positive_similarity(first, second)}
         if self.queue is None or self.momentum_encoder is None:
             loss = nt_xent(first, second, self.temperature, positives=views.positives, gather=True)
-            return Objective(loss, metrics, features=(first, second), candidates=2 * len(first) - 1)
+            candidates = 2 * len(first) - 1
+            return Objective(loss, metrics, (first, second), candidates=candidates, temperature=self.temperature)
         keys = [F.normalize(key.float(), dim=1) for key in encode_views(self.momentum_encoder, pair)]
         negatives = self.queue.features() if len(self.queue) else None
         losses = [
@@ -100,7 +101,12 @@ class SimCLRV2(Method):
         candidates = len(first) + (0 if negatives is None else len(negatives))
         pair_features = first, keys[1]
         return Objective(
-            (losses[0] + losses[1]) / 2, metrics, pair_features, negatives=negatives, candidates=candidates
+            (losses[0] + losses[1]) / 2,
+            metrics,
+            pair_features,
+            negatives=negatives,
+            candidates=candidates,
+            temperature=self.temperature,
         )
 
     def after_step(self) -> None:

@@ -66,7 +66,7 @@ class SimCSE(Method):
         )
         metrics = {"positive_similarity": positive_similarity(first, second)}
         candidates = len(first) * (1 + len(hard))
-        return Objective(loss, metrics, features=(first, second), candidates=candidates)
+        return Objective(loss, metrics, (first, second), candidates=candidates, temperature=self.temperature)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

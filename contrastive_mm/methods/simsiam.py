@@ -55,6 +55,7 @@ class SimSiam(Method):
     def forward(self, views: Views) -> Objective:
         """Predict each view's projection from the other view."""
         views.refuse_positives("SimSiam")
+        self.refuse_single_row(views)
         pair: tuple[Any, Any] = views.require_pair("SimSiam")
         first, second = (self.projector(self.encoder(view)) for view in pair)
         forth = negative_cosine(self.predictor(first), second)

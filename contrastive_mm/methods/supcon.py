@@ -66,7 +66,8 @@ class SupCon(Method):
         first, second = encode_views(self._project, views.require_pair("SupCon"))
         loss = supcon(first, second, relation, self.temperature, gather=True)
         metrics = {"positive_similarity": positive_similarity(first, second)}
-        return Objective(loss, metrics, features=(first, second), candidates=2 * len(first) - 1)
+        candidates = 2 * len(first) - 1
+        return Objective(loss, metrics, (first, second), candidates=candidates, temperature=self.temperature)
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

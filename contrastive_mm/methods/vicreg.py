@@ -57,6 +57,7 @@ class VICReg(Method):
     def forward(self, views: Views) -> Objective:
         """Variance, invariance and covariance of the two views."""
         views.refuse_positives("VICReg")
+        self.refuse_single_row(views)
         pair: tuple[Any, Any] = views.require_pair("VICReg")
         first, second = (self.projector(self.encoder(view)) for view in pair)
         loss = vicreg(first, second, self.config.invariance, self.config.variance, self.config.covariance)
