@@ -28,8 +28,8 @@ class InstanceBank(StoredRows):
       the loss (section 3.3) steadies training. The code has no such term; it mixes with ``momentum`` 0.5 and
       renormalises. Here as in the code; ``momentum=0`` is the paper's.
     - **The normaliser Z.** Equation 8 averages over the drawn negatives of "initial batches"; the code averages
-      once, over the first batch, and counts the positive in. Here the first batch, and the logits that are given:
-      those of the negatives follow the equation.
+      once, over the first batch, and counts the positive in. ``fix_normaliser`` keeps one estimate for good, of the
+      logits given: those of the negatives follow the equation. ``NPID`` averages ``log_normaliser`` over steps.
 
     Both draw negatives uniformly from all samples with replacement, the positive's own slot among them: this is
     the noise distribution 1/n for which equation 6 holds.
