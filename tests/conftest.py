@@ -1,6 +1,11 @@
 import os
 from pathlib import Path
 
+# Tests run in as many processes as there are cores, and what they start inherits this: with more threads than cores
+# all of them would wait for each other. torch reads it when it is first imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
