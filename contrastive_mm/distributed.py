@@ -80,6 +80,15 @@ def _gather_number(number: int, device: torch.device) -> list[int]:
     return [int(each) for each in torch.cat(numbers).tolist()]
 
 
+def mean_row_count(rows: Shaped[Tensor, " rows *rest"]) -> float:
+    """How many rows a process holds on average: what a sum over own rows is divided by so that all rows weigh alike.
+
+    A collective, as ``row_counts``.
+    """
+    counts = row_counts(rows)
+    return sum(counts) / len(counts)
+
+
 @torch.no_grad()
 def gather_rows(
     rows: Shaped[Tensor, " rows *rest"], counts: list[int] | None = None

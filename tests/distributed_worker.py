@@ -19,6 +19,7 @@ from contrastive_mm.losses import (
     LearnableTemperature,
     dcl,
     info_nce,
+    negative_cosine,
     nt_xent,
     sigmoid_loss,
     supcon,
@@ -83,6 +84,7 @@ CASES = {
     ),
     "moco": lambda a, b, t, part: info_nce(a, b.detach(), QUEUE, t, in_batch_negatives=False, gather=True),
     "supcon": lambda a, b, t, part: supcon(a, b, part.labels, t, gather=True),
+    "negative_cosine": lambda a, b, t, part: negative_cosine(a, b, gather=True) + t,
     "supcon, one view": lambda a, b, t, part: supcon(a, None, part.labels, t, gather=True),
     # The first process has no view with a positive, and the loss is still that of the whole batch.
     "supcon, one view, no positives": lambda a, b, t, part: supcon(

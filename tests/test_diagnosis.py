@@ -68,7 +68,9 @@ class Perceptron(torch.nn.Sequential):
 def make_trainer(folder, name, options=None, views=None, encoder=None, batch=64, **trainer):
     torch.manual_seed(0)
     method_class = get_method(name)
-    method = method_class(encoder or Perceptron(32), method_class.config_class(**{**SMALL[name], **(options or {})}))
+    method = method_class(
+        encoder or Perceptron(32), method_class.config_class(**{**SMALL.get(name, {}), **(options or {})})
+    )
     batches = ShuffledBatches(len(DATA), batch, lambda rows: {"x": DATA[rows], "index": rows})
     config = TrainerConfig(**{"steps": 120, "device": "cpu", **trainer})
     return Trainer(method, views or NoisyViews(), batches, config, folder)

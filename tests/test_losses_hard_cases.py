@@ -9,6 +9,7 @@ import torch
 from processes import run_processes
 
 from contrastive_mm.errors import UserError
+from contrastive_mm.heads import BilinearSimilarity
 from contrastive_mm.losses import (
     LearnableTemperature,
     SigmoidLoss,
@@ -245,3 +246,19 @@ def test_the_temperature_of_hard_negatives_can_be_learned():
     temperature = LearnableTemperature(0.5)
     hard_negative_nt_xent(A.float(), B.float(), temperature()).backward()
     assert float(temperature.log_scale.grad.abs()) > 0
+
+
+def test_a_similarity_with_weights_is_trained_with_the_sigmoid_loss():
+    loss = SigmoidLoss(0.2, similarity=BilinearSimilarity(16))
+    loss(A.float(), B.float()).backward()
+    assert "similarity.weight" in loss.state_dict()
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in loss.parameters())
+
+
+def test_one_sample_is_no_batch_for_supcon():
+    with pytest.raises(UserError, match="supcon needs at least 2 samples"):
+        supcon(A[:1], B[:1], LABELS[:1])
+
+
+def test_a_learned_temperature_prints_its_value():
+    assert "0.07" in repr(LearnableTemperature(0.07))

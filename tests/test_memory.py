@@ -241,3 +241,16 @@ def test_ids_of_another_number_than_the_rows_leave_the_queue_as_it_was():
     with pytest.raises(UserError, match="`ids` has 1 entries, but `features` has 2 rows"):
         inspect.unwrap(FeatureQueue.push)(queue, torch.ones(2, 2), torch.zeros(1, dtype=torch.long))
     assert len(queue) == 0
+
+
+@pytest.mark.parametrize("bad", ["whole", "nan"])
+def test_features_that_are_no_finite_floats_are_not_taken_up(bad):
+    features = torch.ones(3, 2)
+    features[1, 0] = float("nan") if bad == "nan" else 1.0
+    features = features.long() if bad == "whole" else features
+    for write in (
+        lambda: inspect.unwrap(FeatureQueue.push)(FeatureQueue(4, 2), features),
+        lambda: inspect.unwrap(InstanceBank.write)(InstanceBank(4, 2), torch.arange(3), features),
+    ):
+        with pytest.raises(UserError, match="floating point" if bad == "whole" else "NaN or infinity in row 1"):
+            write()

@@ -74,7 +74,7 @@ def neighbour_accuracy(encoder):
 def build(name, **options):
     torch.manual_seed(0)
     method_class = get_method(name)
-    return method_class(Encoder(), method_class.config_class(**{**SMALL[name], **options}))
+    return method_class(Encoder(), method_class.config_class(**{**SMALL.get(name, {}), **options}))
 
 
 def train(method, steps, generator=None, crops=0, batch=128):
@@ -114,7 +114,7 @@ def test_token_mappings_are_views_as_well(name):
             return (self.embedding(inputs["input_ids"]) * weights).sum(1) / weights.sum(1)
 
     method_class = get_method(name)
-    method = method_class(TokenEncoder(), method_class.config_class(**SMALL[name]))
+    method = method_class(TokenEncoder(), method_class.config_class(**SMALL.get(name, {})))
     tokens = [
         {"input_ids": torch.randint(20, (8, length)), "attention_mask": torch.ones(8, length, dtype=torch.long)}
         for length in (5, 7)

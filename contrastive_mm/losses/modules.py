@@ -122,11 +122,13 @@ class SigmoidLoss(nn.Module):
         super().__init__()
         self.temperature = LearnableTemperature(temperature)
         self.bias = nn.Parameter(torch.tensor(float(bias)))
+        # A similarity with weights of its own is trained and saved with the rest.
+        self.similarity: Similarity = options.pop("similarity", "cosine")
         self.options = options
 
     def forward(self, first: Tensor, second: Tensor) -> Float[Tensor, ""]:
         """The function's value."""
-        return sigmoid_loss(first, second, self.temperature(), self.bias, **self.options)
+        return sigmoid_loss(first, second, self.temperature(), self.bias, self.similarity, **self.options)
 
 
 class PlainLoss(nn.Module):

@@ -50,6 +50,10 @@ class LearnableTemperature(nn.Module):
         self.largest_scale = largest_scale
         self.log_scale = nn.Parameter(torch.tensor(-math.log(initial)))
 
+    def extra_repr(self) -> str:
+        """The temperature, for print."""
+        return f"{float((-self.log_scale.detach()).exp()):.4g}, largest_scale={self.largest_scale}"
+
     def forward(self) -> Float[Tensor, ""]:
         """The temperature in use."""
         with torch.no_grad():

@@ -65,6 +65,8 @@ def supcon(
             check_pair(first, second, "first", "second")
         check_temperature(temperature)
         check_symmetric(similarity)
+        if first.shape[0] < 2 and not (gather and process_count() > 1):
+            raise UserError("supcon needs at least 2 samples: `first` has 1, which leaves it without negatives.")
         positives = _as_positives(labels, first.shape[0])
     with full_precision(first):
         scale = scale_of(temperature, prepare_key(first[:1], "dot"))

@@ -155,6 +155,13 @@ def check_rows(kind: str, dim: int, features: Tensor, ids: Tensor | None) -> Non
         raise UserError(f"`features` has shape {tuple(features.shape)}; {kind} takes a matrix of (rows, dimensions).")
     if features.shape[1] != dim:
         raise UserError(f"`features` has {features.shape[1]} dimensions, but {kind} holds {dim}.")
+    if not features.is_floating_point():
+        raise UserError(f"`features` holds {features.dtype}; {kind} keeps floating point: call .float().")
+    # On a GPU the values are not looked at, which would wait for the device at every step.
+    if features.device.type == "cpu" and not bool(torch.isfinite(features.detach().sum())):
+        rows = (~torch.isfinite(features.detach())).any(dim=1).nonzero().flatten().tolist()
+        if rows:
+            raise UserError(f"`features` holds NaN or infinity in row {rows[0]}, which would stay in {kind}.")
     if ids is not None:
         if ids.ndim != 1:
             raise UserError(f"`ids` has shape {tuple(ids.shape)}; give one number a row.")

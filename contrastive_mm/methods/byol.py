@@ -71,8 +71,8 @@ class BYOL(Method):
         pair: tuple[Any, Any] = views.require_pair("BYOL")
         first, second = (self.projector(self.encoder(view)) for view in pair)
         first_target, second_target = (self.momentum_encoder(view) for view in pair)
-        forth = negative_cosine(self.predictor(first), second_target)
-        back = negative_cosine(self.predictor(second), first_target)
+        forth = negative_cosine(self.predictor(first), second_target, gather=True)
+        back = negative_cosine(self.predictor(second), first_target, gather=True)
         loss = (2 + 2 * forth) + (2 + 2 * back)
         metrics = {"positive_similarity": positive_similarity(first, second)}
         return Objective(loss, metrics, features=(first, second))

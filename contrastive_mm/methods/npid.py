@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from contrastive_mm.distributed import mean_row_count
 from contrastive_mm.errors import UserError
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.memory import InstanceBank
@@ -120,7 +121,8 @@ class NPID(Method):
     def _loss(self, features: Float[Tensor, "batch dim"], ids: Tensor) -> Tensor:
         own = (features * self.bank.read(ids)).sum(1) / self.temperature
         if self.negatives == 0:
-            return F.cross_entropy(features @ self.bank.features().float().T / self.temperature, ids.long())
+            logits = features @ self.bank.features().float().T / self.temperature
+            return F.cross_entropy(logits, ids.long(), reduction="sum") / mean_row_count(features)
         noise_ids = self.bank.sample_negatives(len(features), self.negatives)
         noise = torch.einsum("bd,bkd->bk", features, self.bank.read(noise_ids).float()) / self.temperature
         log_normaliser = self._running_log_normaliser(self.bank.log_normaliser(noise.detach()))
@@ -128,4 +130,5 @@ class NPID(Method):
             self._new_log_normaliser = log_normaliser
         # h = P / (P + m P_n), with P = exp(s) / Z and P_n = 1 / n: a sigmoid of s - log Z - log(m / n).
         offset = log_normaliser + math.log(self.negatives / len(self.bank))
-        return -(F.logsigmoid(own - offset) + F.logsigmoid(offset - noise).sum(1)).mean()
+        losses = -(F.logsigmoid(own - offset) + F.logsigmoid(offset - noise).sum(1))
+        return losses.sum() / mean_row_count(features)

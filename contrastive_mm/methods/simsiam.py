@@ -58,7 +58,7 @@ class SimSiam(Method):
         self.refuse_single_row(views)
         pair: tuple[Any, Any] = views.require_pair("SimSiam")
         first, second = (self.projector(self.encoder(view)) for view in pair)
-        forth = negative_cosine(self.predictor(first), second)
-        back = negative_cosine(self.predictor(second), first)
+        forth = negative_cosine(self.predictor(first), second, gather=True)
+        back = negative_cosine(self.predictor(second), first, gather=True)
         metrics = {"positive_similarity": positive_similarity(first, second)}
         return Objective((forth + back) / 2, metrics, features=(first, second))

@@ -29,7 +29,7 @@ def make_accelerator(precision: Precision = "no", device: Literal["auto", "cpu"]
     accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
     if accelerator.num_processes > 1:
         raise UserError(
-            f"Launched with {accelerator.num_processes} processes, but this version trains in one: negatives are "
-            "not yet shared among processes. Start it without `accelerate launch`."
+            f"Launched with {accelerator.num_processes} processes, but this version trains in one: batches are "
+            "not yet divided among processes. Start it without `accelerate launch`."
         )
     return accelerator
