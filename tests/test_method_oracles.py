@@ -1,6 +1,7 @@
 """Methods against their papers' equations as loops over plain floats, for two steps and more; and their options."""
 
 import copy
+import dataclasses
 
 import oracles
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import LinearEncoder
 from torch import nn
 
-from contrastive_mm.methods import get_method
+from contrastive_mm.methods import METHODS, get_method
 from contrastive_mm.views import Views
 
 ROWS = 8
@@ -153,3 +154,71 @@ def test_swav_is_swapped_prediction_with_crops_and_queues_for_three_steps(temper
         assert take_step(method, views) == pytest.approx(expected, rel=1e-5), f"step {step}"
         for queue, view in zip(queues, features, strict=False):
             queue += view.tolist()
+
+
+NO_EFFECT_IN_TRAINING = {
+    ("simclr-v2", "kept_layers"): "it decides what `fine_tuning_encoder` keeps; test_methods.py checks that"
+}
+OTHER_VALUES = {("dcl", "weight_concentration"): 0.5, ("simclr-v2", "projection_layers"): 2}
+OPTIONS = [
+    (name, field.name)
+    for name in METHODS
+    for field in dataclasses.fields(get_method(name).config_class)
+    if (name, field.name) not in NO_EFFECT_IN_TRAINING
+]
+
+
+def other_value(name, option):
+    value = getattr(get_method(name).config_class(**SMALL[name]), option)
+    if (name, option) in OTHER_VALUES:
+        return OTHER_VALUES[name, option]
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else value / 2
+
+
+def training(name, **options):
+    """Losses of two steps and the state after them."""
+    method = build(name, **options)
+    losses = [take_step(method, make_views(step)) for step in range(2)]
+    return {"losses": torch.tensor(losses), **copy.deepcopy(method.state_dict())}
+
+
+def same_value(first, second):
+    if isinstance(first, torch.Tensor):
+        return first.shape == second.shape and torch.equal(first, second)
+    return first == second
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(same_value(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_every_option_changes_what_two_steps_do(name, option):
+    usual = training(name)
+    assert same(usual, training(name)), "two runs with the same options differ: nothing is told by a difference"
+    assert not same(usual, training(name, **{option: other_value(name, option)}))
+
+
+def state_apart_from_draws(method):
+    """A copy of the state without the count of an instance bank's draws, which moves on at each draw."""
+    state = copy.deepcopy(method.state_dict())
+    for key, value in state.items():
+        if isinstance(value, dict):
+            state[key] = {name: each for name, each in value.items() if name != "draws"}
+    return state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_leaves_no_trace_in_the_state(name):
+    method = build(name)
+    take_step(method, make_views(0))
+    looked, before = copy.deepcopy(method).eval(), state_apart_from_draws(method)
+    with torch.no_grad():
+        looked(make_views(1))
+    assert same(state_apart_from_draws(looked), before)
+    # A step moves slow encoders and counters whatever was evaluated before it; banks must get nothing of that.
+    looked.train().after_step()
+    method.after_step()
+    assert same(state_apart_from_draws(looked), state_apart_from_draws(method))
