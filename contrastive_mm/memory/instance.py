@@ -130,7 +130,7 @@ class InstanceBank(StoredRows):
         """Draw sample ids uniformly, with replacement, for noise-contrastive estimation (section 3.2).
 
         The n-th call draws the same on every run with the same seed, also after a resume; another process, and
-        another kind of device, draws others.
+        another kind of device, draws others. In evaluation mode the stream stays where it is.
 
         Args:
             batch: rows to draw for.
@@ -146,7 +146,8 @@ class InstanceBank(StoredRows):
         # (one checkpoint serves all), and negatives are drawn on the device that looks them up.
         mixed = np.random.SeedSequence((self.seed, self._draws, process_index())).generate_state(1)
         generator = torch.Generator(device).manual_seed(int(mixed[0]))
-        self._draws += 1
+        if self.training:
+            self._draws += 1
         return torch.randint(self.size, (batch, count), generator=generator, device=device).to(self._home)
 
     @torch.no_grad()
