@@ -174,7 +174,7 @@ def _full_collapse(window: Window) -> Verdict | None:
         f"all samples have nearly the same feature (standard deviation {window.mean('feature_std'):.2g} a dimension; "
         f"spread features have {spread:.2g}), effective rank {window.mean('effective_rank'):.1f}",
         "Lower --learning-rate or warm up for longer; a method with a momentum encoder needs a higher --momentum, one "
-        "without negatives its stop-gradient and predictor.",
+        "without negatives its stop-gradient and predictor, or its --variance.",
     )
 
 
@@ -309,7 +309,6 @@ def _nothing_moves(window: Window) -> Verdict | None:
 RULES: tuple[Callable[[Window], Verdict | None], ...] = (
     _steps_not_finite,
     _queued_positives,
-    _queue_longer_than_data,
     _prototype_collapse,
     _stuck_at_prototypes,
     _temperature_too_low,
@@ -319,4 +318,6 @@ RULES: tuple[Callable[[Window], Verdict | None], ...] = (
     _dimensional_collapse,
     _stuck,
     _nothing_moves,
+    # Last, for it holds over a whole run and would hide what stands after it.
+    _queue_longer_than_data,
 )
