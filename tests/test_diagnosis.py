@@ -187,9 +187,8 @@ def test_features_that_were_alike_from_the_start_have_not_collapsed():
 
 
 def test_vicreg_without_variance_and_covariance_collapses(tmp_path):
-    assert run(tmp_path, "vicreg", {"variance": 0.0, "covariance": 0.0}, steps=200, learning_rate=1e-2) == [
-        "full collapse"
-    ]
+    options = {"variance": 0.0, "covariance": 0.0}
+    assert run(tmp_path, "vicreg", options, steps=200, learning_rate=1e-2) == ["full collapse"]
 
 
 def test_assignments_that_are_all_alike_keep_the_loss_at_the_log_of_the_prototypes(tmp_path):
