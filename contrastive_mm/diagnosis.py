@@ -24,7 +24,7 @@ MAX_ROWS = 256
 MAX_KEYS_IN_QUEUE = 32
 """Keys that are looked for in the queue; all of a queue's 65,536 rows are compared with each."""
 
-UNLOGGED = ("rows", "dimensions", "prototypes", "temperature")
+UNLOGGED = ("rows", "dimensions", "prototypes", "temperature", "queued")
 """What verdicts need to know and never changes over a run."""
 
 EARLY_LINES = 3
@@ -69,6 +69,7 @@ def feature_statistics(objective: Objective) -> dict[str, float]:
         statistics["negative_similarity"] = mean_similarity(first, second, paired=True)
     else:
         queue = objective.negatives.float()
+        statistics["queued"] = len(queue)
         statistics["negative_similarity"] = mean_similarity(first, queue)
         statistics["queued_positives"] = _share_found(second[:MAX_KEYS_IN_QUEUE], queue)
     return statistics
@@ -92,13 +93,20 @@ class Doctor:
         total_steps: of the run.
         warmup_steps: at its start; no verdict looks at them.
         gradient_clip: the largest norm of the gradient, if it is clipped.
+        num_samples: of the training data, if it is known; a queue should hold fewer keys.
     """
 
     def __init__(
-        self, log_every: int, total_steps: int, warmup_steps: int = 0, gradient_clip: float | None = None
+        self,
+        log_every: int,
+        total_steps: int,
+        warmup_steps: int = 0,
+        gradient_clip: float | None = None,
+        num_samples: int | None = None,
     ) -> None:
         self.warmup_steps = warmup_steps
         self.gradient_clip = gradient_clip
+        self.num_samples = num_samples
         self.patience = max(100, total_steps // 50, 5 * log_every)
         # Of closely spaced log lines some are enough, which keeps the window and a checkpoint small.
         self._spacing = max(log_every, self.patience // 20)
@@ -149,6 +157,8 @@ class Doctor:
                 figures["clipped_share"] = float(self._clipped) / self._steps
         self._steps, self._not_finite, self._clipped = 0, 0.0, 0.0
         line = {"step": step, "loss": loss, **figures}
+        if self.num_samples is not None:
+            line["samples"] = self.num_samples
         if "candidates" in line:
             line["excess"] = loss - math.log(line["candidates"])
         verdict = self._judge(line)

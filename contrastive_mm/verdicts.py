@@ -107,6 +107,18 @@ def _steps_not_finite(window: Window) -> Verdict | None:
     )
 
 
+def _queue_longer_than_data(window: Window) -> Verdict | None:
+    queued, samples = window.mean("queued"), window.mean("samples")
+    if not queued > samples:
+        return None
+    return Verdict(
+        "queue contains its own positives",
+        f"the queue holds {queued:.0f} keys of {samples:.0f} training samples, so older keys of every sample are "
+        "among its negatives",
+        "Set --queue-size below the number of training samples.",
+    )
+
+
 def _queued_positives(window: Window) -> Verdict | None:
     share = window.mean("queued_positives")
     # Among features on a line or circle, or all alike, a long queue holds a near double of every key by chance.
@@ -128,21 +140,41 @@ def _prototype_collapse(window: Window) -> Verdict | None:
     return Verdict(
         "prototype collapse",
         f"the samples share {used:.1f} of {prototypes:.0f} prototypes",
-        "Balance the assignments (more Sinkhorn iterations, a higher Sinkhorn epsilon) and freeze the prototypes for "
+        "Make the assignments differ (a lower --epsilon, more --sinkhorn-iterations) and freeze the prototypes for "
         "longer at the start.",
+    )
+
+
+def _stuck_at_prototypes(window: Window) -> Verdict | None:
+    trivial = math.log(window.mean("prototypes"))
+    # Narrower than for candidates, and a wider gap: uniform assignments hold the loss exactly there, and draw all
+    # features together whichever their views are.
+    told = window.mean("rows") >= FEWEST_ROWS and window.gap < 0.1
+    if not (told and all(0.99 * trivial <= loss < 1.02 * trivial for loss in window.values("loss"))):
+        return None
+    return Verdict(
+        "loss stuck at log(N)",
+        f"loss {window.mean('loss'):.4g} against log(prototypes) = {trivial:.4g}, and positives are hardly more alike "
+        f"({window.mean('positive_similarity'):.2f}) than negatives ({window.mean('negative_similarity'):.2f})",
+        "Lower --epsilon (0.05 or 0.03): a high one assigns every sample to all prototypes alike. If it is low, check "
+        "that row i of both views is one sample and that the augmentation leaves them something in common.",
     )
 
 
 def _full_collapse(window: Window) -> Verdict | None:
     spread = window.mean("dimensions") ** -0.5
-    if not window.all_below("feature_std", 0.03 * spread):
+    limit = 0.03 * spread
+    if math.isnan(window.mean("excess")):
+        # Without negatives nothing asks for a spread: a loss is solved long before the features are one point.
+        limit = max(limit, min(0.2 * spread, 0.25 * window.start.get("feature_std", math.nan)))
+    if not window.all_below("feature_std", limit):
         return None
     return Verdict(
         "full collapse",
         f"all samples have nearly the same feature (standard deviation {window.mean('feature_std'):.2g} a dimension; "
         f"spread features have {spread:.2g}), effective rank {window.mean('effective_rank'):.1f}",
         "Lower --learning-rate or warm up for longer; a method with a momentum encoder needs a higher --momentum, one "
-        "without negatives its stop-gradient and predictor.",
+        "without negatives its stop-gradient and predictor, or its --variance.",
     )
 
 
@@ -171,6 +203,18 @@ def _loss_rises(window: Window) -> Verdict | None:
     )
 
 
+def _contracted_to_temperature(window: Window) -> bool:
+    """Whether all features lie about a temperature from each other, and far nearer than in the untrained model.
+
+    Far nearer than a temperature, it is not the temperature that draws them together.
+    """
+    temperature = window.temperature
+    start = 1 - window.start.get("negative_similarity", math.nan)
+    distances = [1 - value for value in window.values("negative_similarity")]
+    farthest = min(20 * temperature, 0.1, 0.5 * start)
+    return all(0.1 * temperature < distance < farthest for distance in distances)
+
+
 def _temperature_too_low(window: Window) -> Verdict | None:
     if not window.temperature < LOW_TEMPERATURE:
         return None
@@ -179,13 +223,20 @@ def _temperature_too_low(window: Window) -> Verdict | None:
     # Solved by a hair: hardly a gradient is left, and the negatives are as near as in the untrained model.
     solved = loss < 0.25 * trivial and negative > max(0.5, 0.8 * window.start.get("negative_similarity", math.nan))
     above = [value > 1.2 * trivial for value in window.values("loss")]
-    if not (solved or (all(above) and window.lines[-1]["loss"] > 0.7 * window.lines[0]["loss"])):
+    drowned = all(above) and window.lines[-1]["loss"] > 0.7 * window.lines[0]["loss"]
+    contracted = _contracted_to_temperature(window)
+    if not (solved or drowned or contracted):
         return None
+    if solved:
+        why = "the loss is solved without moving negatives apart"
+    elif drowned:
+        why = "the nearest negatives drown the rest"
+    else:
+        why = "all features have drawn together until they differ by no more than the temperature asks"
     return Verdict(
         "temperature too low",
         f"loss {loss:.3g} against log(candidates) = {trivial:.3g} at a similarity of {negative:.2f} of negatives and "
-        f"{window.mean('positive_similarity'):.2f} of positives: "
-        + ("the loss is solved without moving negatives apart" if solved else "the nearest negatives drown the rest"),
+        f"{window.mean('positive_similarity'):.2f} of positives: {why}",
         "Raise --temperature (0.05 to 0.5 is usual)" + (", or make the views differ more." if solved else "."),
     )
 
@@ -259,11 +310,14 @@ RULES: tuple[Callable[[Window], Verdict | None], ...] = (
     _steps_not_finite,
     _queued_positives,
     _prototype_collapse,
-    _full_collapse,
+    _stuck_at_prototypes,
     _temperature_too_low,
+    _full_collapse,
     _loss_rises,
     _temperature_too_high,
     _dimensional_collapse,
     _stuck,
     _nothing_moves,
+    # Last, for it holds over a whole run and would hide what stands after it.
+    _queue_longer_than_data,
 )

@@ -154,6 +154,60 @@ def test_a_loss_that_a_tiny_temperature_blows_up_is_named(tmp_path):
     assert said == ["temperature too low"]
 
 
+def near(distance, positive=0.5, rows=64, dim=64, **told):
+    """Negatives at 1 - cosine about ``distance``, positives at a share of it."""
+    generator = torch.Generator().manual_seed(1)
+    own, noise = (torch.randn(rows, dim, generator=generator) for _ in range(2))
+    base = math.sqrt(dim / distance - dim) * torch.nn.functional.one_hot(torch.tensor(0), dim)
+    first, second = base + own, base + math.sqrt(1 - positive) * own + math.sqrt(positive) * noise
+    return Objective(torch.tensor(0.0), features=(first, second), **told)
+
+
+@pytest.mark.parametrize(("distance", "loss"), [(0.011, 2.2), (0.0015, 5.0)])
+def test_features_that_a_tiny_temperature_draws_together_are_named(distance, loss):
+    told = {"candidates": 127, "temperature": 1e-3}
+    doctor = Doctor(log_every=10, total_steps=100)
+    feed(doctor, near(0.7, **told), [1], loss=231.0)
+    said = feed(doctor, near(distance, **told), range(2, 301), loss=loss)
+    assert list(said.values()) == ["temperature too low"]
+    doctor = Doctor(log_every=10, total_steps=100)
+    feed(doctor, near(2 * distance / 1.1, **told), [1], loss=loss)
+    assert feed(doctor, near(distance, **told), range(2, 301), loss=loss) != said, "no nearer than untrained"
+
+
+@pytest.mark.parametrize(("told", "expected"), [({}, ["full collapse"]), ({"candidates": 127}, [])])
+def test_a_regression_loss_that_is_solved_by_one_feature_is_named(told, expected):
+    doctor = Doctor(log_every=10, total_steps=100)
+    feed(doctor, near(0.7, **told), [1], loss=5.0)
+    assert list(feed(doctor, near(0.009, **told), range(2, 301), loss=2e-4).values()) == expected
+
+
+def test_features_that_were_alike_from_the_start_have_not_collapsed():
+    doctor = Doctor(log_every=10, total_steps=100)
+    feed(doctor, near(0.012), [1], loss=5.0)
+    assert feed(doctor, near(0.009), range(2, 301), loss=2e-4) == {}
+
+
+def test_vicreg_without_variance_and_covariance_collapses(tmp_path):
+    options = {"variance": 0.0, "covariance": 0.0}
+    assert run(tmp_path, "vicreg", options, steps=200, learning_rate=1e-2) == ["full collapse"]
+
+
+def test_assignments_that_are_all_alike_keep_the_loss_at_the_log_of_the_prototypes(tmp_path):
+    assert run(tmp_path, "swav", {"epsilon": 10.0}, steps=200, learning_rate=1e-2) == ["loss stuck at log(N)"]
+    assert "Lower --epsilon" in diagnoses(tmp_path)[0]
+
+
+@pytest.mark.parametrize(("queue_size", "expected"), [(512, ["queue contains its own positives"]), (256, [])])
+def test_a_queue_longer_than_the_data_set_is_named(tmp_path, queue_size, expected):
+    assert run(tmp_path, "moco", {"queue_size": queue_size}) == expected
+
+
+def test_a_queue_longer_than_the_data_set_hides_no_other_failure(tmp_path):
+    said = run(tmp_path, "moco", {"queue_size": 512, "temperature": 8.0})
+    assert said[:1] == ["temperature too high"]
+
+
 @pytest.mark.parametrize("name", ["simclr", "moco"])
 def test_a_temperature_that_is_too_high_is_named_with_its_size(tmp_path, name):
     assert run(tmp_path, name, {"temperature": 8.0}) == ["temperature too high"]

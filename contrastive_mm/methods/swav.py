@@ -31,7 +31,8 @@ class SwAVConfig(MethodOptions):
     num_prototypes: int = 300
     """Clusters (3,000 on ImageNet): several times the number of classes that the data may have."""
     epsilon: float = 0.05
-    """Smoothness of the assignments; larger is softer. Lower it where all samples share one assignment."""
+    """Smoothness of the assignments; larger is softer. Lower it where all samples share one
+    assignment, or the loss stays at log(num_prototypes)."""
     sinkhorn_iterations: int = 3
     """Rounds that make the assignments use every prototype equally."""
     freeze_prototypes_steps: int = 100

@@ -76,7 +76,8 @@ class Trainer:
         self.doctor: Doctor | None = None
         if config.diagnose:
             warmup = int(config.warmup_share * self.total_steps)
-            self.doctor = Doctor(config.log_every, self.total_steps, warmup, config.gradient_clip)
+            samples = getattr(batches, "num_samples", None)
+            self.doctor = Doctor(config.log_every, self.total_steps, warmup, config.gradient_clip, samples)
             self.updater.on_objective = self._examine
         self.log = MetricsLog(self.output / "metrics.jsonl")
         self.checkpoints = CheckpointFolder(self.output / "checkpoints", config.keep_checkpoints)
