@@ -93,7 +93,10 @@ def metric_learning_loss() -> Callable[..., Tensor]:
 
 
 def sentence_transformers_loss(cached: bool) -> Callable[..., Tensor]:
-    from sentence_transformers import losses
+    try:
+        from sentence_transformers.sentence_transformer import losses
+    except ImportError:  # before version 6
+        from sentence_transformers import losses
 
     if not cached:
         plain = losses.MultipleNegativesRankingLoss(None, scale=1 / TEMPERATURE)

@@ -108,11 +108,20 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, source: nn.Module) -> None:
-        """Move the copy's weights towards ``source``; call it after the optimizer's step."""
+        """Move the copy's weights towards ``source``; call it after the optimizer's step.
+
+        Raises:
+            UserError: ``source`` has other parameters than the module that was followed so far.
+        """
         if self.updated_elsewhere:
             return
         slow: list[Tensor] = list(self.module.parameters())
         fast: list[Tensor] = [parameter.detach() for parameter in source.parameters()]
+        if [own.shape for own in slow] != [theirs.shape for theirs in fast]:
+            raise UserError(
+                f"`source` is not the module that is followed: {_first_difference(self.module, source)} (the copy's "
+                "parameter first). Give update() what the momentum encoder was made with."
+            )
         # One fused call over all weights; for ResNet-50 a loop over them takes three times as long. The function
         # is private: up to torch 2.14 there is no public one (torch.optim.swa_utils calls this one as well).
         torch._foreach_lerp_(slow, fast, 1.0 - self.current_momentum)

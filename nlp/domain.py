@@ -143,6 +143,7 @@ class TextDomain:
     def train_batches(self) -> ShuffledBatches:
         """Batches of ``input_ids``, ``attention_mask`` (B, L) and ``index`` (B,), of similar length.
 
+        ``index`` is the sentence's number among those trained on.
         Labelled data come with ``label`` (B,), for the methods that learn from labels; the others leave it alone.
         """
         lengths, size = self.tokens.lengths[self.train_rows], self.config.batch_size
@@ -156,7 +157,7 @@ class TextDomain:
 
     def _load(self, indices: Tensor) -> dict[str, Tensor]:
         rows = self.train_rows[indices]
-        batch = {**self.tokens.batch(rows), "index": rows}
+        batch = {**self.tokens.batch(rows), "index": indices}
         if self.source.labels is not None:
             batch["label"] = self.source.labels[rows]
         return batch

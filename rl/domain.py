@@ -88,7 +88,7 @@ class ObservationDomain:
         return PixelEncoder(channels, self.config.crop_size, self.config.feature_dim)
 
     def train_batches(self) -> ShuffledBatches:
-        """Batches of ``observation`` (B, C, H, W) uint8 and ``index`` (B,).
+        """Batches of ``observation`` (B, C, H, W) uint8 and ``index`` (B,), its number among those trained on.
 
         Raises:
             UserError: nothing is left to validate on, which would come out only after training.
@@ -99,7 +99,7 @@ class ObservationDomain:
 
     def _load(self, indices: Tensor) -> dict[str, Tensor]:
         rows = self.train_rows[indices]
-        return {"observation": self.store.stacked(rows, self.config.frame_stack), "index": rows}
+        return {"observation": self.store.stacked(rows, self.config.frame_stack), "index": indices}
 
     def evaluate(self, encoder: nn.Module | None) -> dict[str, float]:
         """Scores on the validation part; raw pixels (at most 32x32, all stacked frames) for None.

@@ -18,11 +18,13 @@ from torch import nn
 from contrastive_mm.losses import (
     LearnableTemperature,
     dcl,
+    hard_negative_nt_xent,
     info_nce,
     negative_cosine,
     nt_xent,
     sigmoid_loss,
     supcon,
+    swapped_prediction,
     triplet_margin,
     use_form,
 )
@@ -33,6 +35,7 @@ LABELS = torch.tensor([0, 1, 0, 2, 1, 1, 2, 0, 3, 3, 0])
 TIMES = torch.tensor([3.0, 0.0, 2.5, 1.0, 1.0, 7.0, 0.5, 6.0, 2.0, 6.5, 1.5])
 SHARE = torch.linspace(0.2, 1.0, 11, dtype=torch.float64)
 WEIGHTS = torch.rand(11, 11, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+PROTOTYPES = torch.randn(6, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 QUEUE = torch.randn(9, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
@@ -103,6 +106,11 @@ CASES = {
     "ring": lambda a, b, t, part: ring_info_nce(a, b, t),
     "ring, ids": lambda a, b, t, part: ring_info_nce(a, b, t, symmetric=True, ids=part.labels),
     "ring both ways": lambda a, b, t, part: ring_info_nce(a, b, t, symmetric=True),
+    "ring, dot": lambda a, b, t, part: ring_info_nce(a, b, t, similarity="dot"),
+    "ring, bilinear": lambda a, b, t, part: ring_info_nce(a, b, t, similarity=lambda x: x @ WEIGHTS[:6, :6]),
+    "hard negatives": lambda a, b, t, part: hard_negative_nt_xent(a, b, t, gather=True),
+    "debiased": lambda a, b, t, part: hard_negative_nt_xent(a, b, t, 0.0, 0.05, gather=True),
+    "swapped": lambda a, b, t, part: swapped_prediction([a @ PROTOTYPES, b @ PROTOTYPES], temperature=t),
 }
 WITH_POSITIVES = {
     "nt_xent": lambda a, b, t, positives: nt_xent(a, b, t, positives=positives, gather=True),

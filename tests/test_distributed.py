@@ -33,7 +33,7 @@ def ratios(request, tmp_path_factory):
 
 
 def test_gradients_are_those_of_one_process(ratios):
-    assert len(ratios) == 18 + 9 * 7
+    assert len(ratios) == 23 + 9 * 7
     for case, (projection, difference, temperature) in ratios.items():
         assert projection == pytest.approx(1.0, abs=1e-9), case
         assert difference < 1e-9, case

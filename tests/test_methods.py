@@ -13,7 +13,8 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.losses import info_nce, nt_xent
 from contrastive_mm.losses.barlow import barlow_twins
 from contrastive_mm.losses.vicreg import vicreg
-from contrastive_mm.methods import METHODS, SwAVConfig, get_method, nnclr
+from contrastive_mm.memory import FeatureQueue, InstanceBank
+from contrastive_mm.methods import CURL, METHODS, CURLConfig, SwAVConfig, get_method, nnclr, npid
 from contrastive_mm.views import Views
 
 CLUSTERS, SIGNAL, NOISE = 8, 6, 10
@@ -312,18 +313,107 @@ def test_curl_is_the_bilinear_loss_with_keys_of_the_slow_encoder(generator):
     method = build("curl", momentum=0.8)
     with torch.no_grad():
         method.bilinear.weight.add_(torch.randn(32, 32, generator=generator))
-        for parameter in method.momentum_encoder.parameters():
+        for parameter in [*method.momentum_encoder.parameters(), *method.momentum_projector.parameters()]:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     views = make_views(6, generator)
-    keys = slow_encoder(method)(views.inputs[1]).tolist()
+    keys = method.momentum_projector(method.momentum_encoder(views.inputs[1])).tolist()
     queries = (method.projector(method.encoder(views.inputs[0])).detach() @ method.bilinear.weight.detach()).tolist()
     expected = oracles.info_nce(queries, keys, [], 1.0, oracles.dot, in_batch=True)
     assert float(method(views).loss.detach()) == pytest.approx(expected, rel=1e-4)
-    before = [p.clone() for p in method.momentum_encoder.parameters()]
+    slow = [*method.momentum_encoder.parameters(), *method.momentum_projector.parameters()]
+    before = [p.clone() for p in slow]
     method.after_step()
     online = [*method.encoder.parameters(), *method.projector.parameters()]
-    for old, now, fast in zip(before, method.momentum_encoder.parameters(), online, strict=True):
+    for old, now, fast in zip(before, slow, online, strict=True):
         torch.testing.assert_close(now, 0.8 * old + 0.2 * fast.detach())
+
+
+def test_curl_takes_an_agents_target_encoder_and_leaves_its_moving_to_the_agent(generator):
+    target = Encoder()
+    method = CURL(Encoder(), CURLConfig(latent_dim=8, momentum=0.5), slow_encoder=target)
+    before, head = copy.deepcopy(target.state_dict()), copy.deepcopy(method.momentum_projector.state_dict())
+    views = make_views(6, generator)
+    loss = method(views).loss
+    loss.backward()
+    with torch.no_grad():
+        for parameter in method.projector.parameters():
+            parameter.add_(1.0)
+    method.after_step()
+    assert method.momentum_encoder.module is target
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in before.items())
+    assert not torch.equal(method.momentum_projector.state_dict()["module.0.weight"], head["module.0.weight"])
+    assert all(parameter.grad is None for parameter in target.parameters())
+    with torch.no_grad():
+        for parameter in target.parameters():
+            parameter.zero_()
+    assert not torch.equal(method(views).loss, loss), "what the agent did is seen"
+    with pytest.raises(UserError, match="in common with `source`"):
+        CURL(target, slow_encoder=target)
+
+
+MOCO_V1 = {"projection_layers": 1, "temperature": 0.07, "momentum": 0.999}
+
+
+def test_moco_v1_compares_linear_projections_at_its_own_temperature(generator):
+    method = build("moco", **MOCO_V1)
+    assert [type(layer) for layer in method.projector] == [nn.Linear]
+    views = make_views(6, generator)
+    weight, bias = (p.detach().double() for p in method.projector[0].parameters())
+    queries, keys = (unit_lists(method.encoder(view).detach().double() @ weight.T + bias) for view in views.inputs)
+    expected = oracles.info_nce(queries, keys, [], 0.07, oracles.dot, in_batch=True)
+    assert float(method(views).loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+BANKED = ["moco", "nnclr", "simclr-v2", "swav", "npid"]
+
+
+def banks_of(method):
+    return [module for module in method.modules() if isinstance(module, FeatureQueue | InstanceBank)]
+
+
+def with_bank(name, **options):
+    return build(name, **({"queue_size": 64, "queue_start_steps": 0} if name == "swav" else {}), **options)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", BANKED)
+def test_a_bank_in_half_precision_changes_the_loss_by_its_rounding_alone(name, dtype, generator):
+    exact, rounded = with_bank(name), with_bank(name, bank_dtype=dtype)
+    assert [bank.dtype for bank in banks_of(rounded)] == [getattr(torch, dtype)] * (2 if name == "swav" else 1)
+    for _ in range(2):
+        views = make_views(16, generator)
+        losses = [method(views).loss for method in (exact, rounded)]
+        losses[1].backward()
+        for method in (exact, rounded):
+            method.after_step()
+    assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=0.01)
+    assert not torch.equal(losses[0], losses[1]), "the bank is in use"
+
+
+@pytest.mark.parametrize("name", BANKED)
+def test_a_bank_is_kept_on_the_cpu_where_that_is_asked_for(name):
+    for where, expected in (("cpu", "cpu"), ("same", "meta")):
+        banks = banks_of(with_bank(name, bank_device=where).to("meta"))
+        assert banks
+        assert {bank.state_dict()["features"].device.type for bank in banks} == {expected}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", BANKED)
+def test_on_a_gpu_a_bank_on_the_cpu_gives_the_losses_of_one_on_the_gpu(name):
+    losses = []
+    for where in ("same", "cpu"):
+        method, generator = with_bank(name, bank_device=where).cuda(), torch.Generator().manual_seed(3)
+        for _ in range(4):
+            views = make_views(16, generator)
+            inputs = tuple(view.cuda() for view in views.inputs)
+            objective = method(dataclasses.replace(views, inputs=inputs, sample_ids=views.sample_ids.cuda()))
+            method.after_step()
+        losses.append(float(objective.loss.detach()))
+    if name == "npid":
+        assert losses[0] == pytest.approx(losses[1], rel=0.05), "its draws depend on where the bank lies"
+    else:
+        assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("name", ["simclr", "dcl", "supcon", "simcse", "nnclr", "moco", "moco-v3", "npid"])
@@ -423,6 +513,33 @@ def test_the_loss_of_npid_does_not_explode_once_the_bank_holds_features(generato
         method(make_views(256, generator))
         method.after_step()
     assert float(method(make_views(128, generator)).loss.detach()) < 1.5 * first, "nothing was trained"
+
+
+def test_npid_takes_the_size_of_its_bank_from_the_data(generator):
+    method = build("npid", bank_size=0)
+    with pytest.raises(UserError, match="doesn't know their number: set bank_size"):
+        method(make_views(4, generator))
+    method.set_num_samples(4)
+    assert len(method.bank) == 4
+    method(make_views(4, generator)).loss.backward()
+    method.after_step()
+    small = build("npid", bank_size=3)
+    with pytest.raises(UserError, match="--bank-size = 3, but there are 4 samples"):
+        small.set_num_samples(4)
+    large = build("npid", bank_size=9)
+    large.set_num_samples(4)
+    assert len(large.bank) == 9
+
+
+def test_npid_draws_the_same_noise_from_all_products_as_from_the_drawn_slots(generator, monkeypatch):
+    views, losses = make_views(16, generator), []
+    for share in (0, 10**6):
+        monkeypatch.setattr(npid, "WHOLE_BANK", share)
+        method = build("npid", negatives=7)
+        loss = method(views).loss
+        loss.backward()
+        losses.append((loss.detach(), method.encoder[0].weight.grad))
+    torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_npid_writes_after_the_step(generator):

@@ -144,6 +144,8 @@ def test_bad_input_is_named():
         with pytest.raises(UserError, match=problem):
             MomentumEncoder(source, **options)
     slow = MomentumEncoder(source, 0.5)
+    with pytest.raises(UserError, match=r"not the module that is followed: .*shape \(2, 2\), there \(5, 2\)"):
+        slow.update(nn.Sequential(nn.Linear(2, 5), nn.Linear(5, 3)))
     with pytest.raises(UserError, match="total_steps = 0"):
         slow.total_steps = 0
     assert slow.current_momentum == 0.5

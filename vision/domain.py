@@ -87,12 +87,15 @@ class ImageDomain:
         return build_image_encoder(self.config.encoder, self.image_size)
 
     def train_batches(self) -> ShuffledBatches:
-        """Batches of ``image`` (B, 3, S, S) uint8, ``index`` (B,) and, where there are labels, ``label`` (B,)."""
+        """Batches of ``image`` (B, 3, S, S) uint8, ``index`` (B,) and, where there are labels, ``label`` (B,).
+
+        ``index`` is the image's number among those trained on.
+        """
         return ShuffledBatches(len(self.train_rows), self.config.batch_size, self._load, self.seed, prefetch=2)
 
     def _load(self, indices: Tensor) -> dict[str, Tensor]:
         rows = self.train_rows[indices]
-        batch = {"image": self.images.read(rows), "index": rows}
+        batch = {"image": self.images.read(rows), "index": indices}
         return batch if self.labels is None else {**batch, "label": self.labels[rows]}
 
     def evaluate(self, encoder: nn.Module | None) -> dict[str, float]:

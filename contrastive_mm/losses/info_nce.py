@@ -13,6 +13,7 @@ from contrastive_mm.losses.logsumexp import cross_logsumexp, two_way_logsumexp
 from contrastive_mm.losses.similarity import (
     Similarity,
     Temperature,
+    check_directions,
     check_temperature,
     full_precision,
     prepare_key,
@@ -184,8 +185,7 @@ def _check_options(
             "info_nce has no negative to compare with: give `negatives` (is the queue still empty?), "
             "or a batch of at least 2 with in_batch_negatives=True."
         )
-    if symmetric and callable(similarity):
-        raise UserError("A map of the queries has one direction: set symmetric=False, or similarity='cosine'.")
+    check_directions(symmetric, similarity)
     if ids is not None:
         check_ids(ids, "ids", rows, "query")
     if negative_ids is not None:

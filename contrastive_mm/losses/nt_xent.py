@@ -115,14 +115,15 @@ def hard_negative_nt_xent(
     temperature: Temperature = 0.5,
     concentration: float = 1.0,
     positive_prior: float = 0.1,
+    gather: bool = False,
 ) -> Float[Tensor, ""]:
     r"""NT-Xent with debiased negatives, hard ones weighted up (Robinson et al. 2021, arXiv 2010.04592, section 4).
 
     The sum over the M = 2N - 2 negatives becomes :math:`N_g = (M \cdot E - \tau M e^{s_p}) / (1 - \tau)`, at least
     :math:`M e^{-1/T}`, with :math:`E = \sum_k e^{(1 + \beta) s_k} / \sum_k e^{\beta s_k}`. With
     ``concentration`` 0 it is the debiased loss of Chuang et al. 2020 (arXiv 2007.00224). As in the released code, the
-    weights :math:`e^{\beta s}` carry gradient too. In one process, and without ``Positives``: the prior stands for
-    the positives that nobody has named, and both papers define the estimate for one named positive a row.
+    weights :math:`e^{\beta s}` carry gradient too. It takes no ``Positives``: the prior stands for the positives that
+    nobody has named, and both papers define the estimate for one named positive a row.
 
     Args:
         first: (N, D) features of the first view.
@@ -130,6 +131,7 @@ def hard_negative_nt_xent(
         temperature: T, above 0; a tensor receives its gradient.
         concentration: beta, at least 0; larger weighs hard negatives more.
         positive_prior: tau, the probability that a random sample is of the anchor's class, in [0, 1).
+        gather: as in ``nt_xent``.
 
     Returns:
         The loss, a scalar.
@@ -142,11 +144,11 @@ def hard_negative_nt_xent(
     if not 0 <= positive_prior < 1:
         raise UserError(f"positive_prior = {positive_prior}; a probability below 1 is needed.")
     with full_precision(first):
-        views = _Views(first, second, temperature, "cosine", gather=False)
-        negatives = 2 * len(first) - 2
-        weighted = self_logsumexp(views.own * (1 + concentration) ** 0.5, len(first))
+        views = _Views(first, second, temperature, "cosine", gather)
+        negatives = 2 * views.total - 2
+        weighted = views.logsumexp(spare_positives=True, sharpness=1 + concentration)
         if concentration > 0:
-            weighted = weighted - self_logsumexp(views.own * concentration**0.5, len(first))
+            weighted = weighted - views.logsumexp(spare_positives=True, sharpness=concentration)
         else:
             weighted = weighted - math.log(negatives)
         positive = views.positive_similarity(None)
@@ -207,7 +209,7 @@ class _Views:
         positives = self.whole(positives)
         if spare_positives and positives is not None:
             return self._unrelated(positives), self.positive_similarity(positives)
-        return self._logsumexp(spare_positives), self.positive_similarity(positives)
+        return self.logsumexp(spare_positives), self.positive_similarity(positives)
 
     def whole(self, positives: Positives | None) -> Positives | None:
         """The value for the views of all processes."""
@@ -228,16 +230,24 @@ class _Views:
         forth = unrelated_logsumexp(first, columns, count, positives)
         return torch.cat([forth, unrelated_logsumexp(second, columns, count, positives.transposed())])
 
-    def _logsumexp(self, spare_positives: bool) -> Tensor:
+    @property
+    def total(self) -> int:
+        """Samples of all processes."""
+        return self.count if self.gathered is None else len(self.gathered[0].rows)
+
+    def logsumexp(self, spare_positives: bool, sharpness: float = 1.0) -> Tensor:
+        """(2n,) log of the sum of exp(sharpness s) over all views but the row, or but both views of its sample."""
+        root = sharpness**0.5
+        own = self.own if sharpness == 1.0 else self.own * root
         if self.gathered is None:
-            return self_logsumexp(self.own, self.count if spare_positives else None)
-        first, second = self.gathered
-        columns, total = torch.cat([first.rows, second.rows]), len(first.rows)
-        period = total if spare_positives else 2 * total
+            return self_logsumexp(own, self.count if spare_positives else None)
+        columns, offset = torch.cat(self._columns()), self.gathered[0].offset
+        columns = columns if sharpness == 1.0 else columns * root
+        period = self.total if spare_positives else 2 * self.total
         return torch.cat(
             [
-                cross_logsumexp(self.own[: self.count], columns, period=period, shift=first.offset),
-                cross_logsumexp(self.own[self.count :], columns, period=period, shift=total + first.offset),
+                cross_logsumexp(own[: self.count], columns, period=period, shift=offset),
+                cross_logsumexp(own[self.count :], columns, period=period, shift=self.total + offset),
             ]
         )
 

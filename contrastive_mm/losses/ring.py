@@ -23,7 +23,16 @@ from contrastive_mm.losses.checks import check_ids, check_pair
 from contrastive_mm.losses.exclusion import Exclusion
 from contrastive_mm.losses.logsumexp import chosen_form
 from contrastive_mm.losses.operators import engine
-from contrastive_mm.losses.similarity import Temperature, check_temperature, full_precision, scale_of, unit_rows, widen
+from contrastive_mm.losses.similarity import (
+    Similarity,
+    Temperature,
+    check_directions,
+    check_temperature,
+    full_precision,
+    prepare_key,
+    prepare_query,
+    scale_of,
+)
 from contrastive_mm.positives import Positives
 
 
@@ -32,16 +41,18 @@ def ring_info_nce(
     key: Float[Tensor, "batch dim"],
     temperature: Temperature = 0.1,
     symmetric: bool = False,
+    similarity: Similarity = "cosine",
     positives: Positives | None = None,
     ids: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """InfoNCE with cosine similarity over the keys of all processes, as ``info_nce(..., gather=True)`` computes it.
+    """InfoNCE over the keys of all processes, as ``info_nce(..., gather=True)`` computes it.
 
     Args:
         query: (n, D) this process's queries.
         key: (n, D) this process's keys; row i is the positive of query i. Numbers of rows may differ by process.
         temperature: above 0; a tensor receives its gradient.
         symmetric: average with the other direction.
+        similarity: as in ``info_nce``.
         positives: as in ``info_nce``, of this process's samples. Groups and windows of time reach across processes:
             another round of the ring sums them.
         ids: (n,) as in ``info_nce``: a key with the query's number, other than key i itself, is no negative.
@@ -50,12 +61,13 @@ def ring_info_nce(
         The loss of this process's rows; the average of the processes' gradients is that of the whole batch's loss.
 
     Raises:
-        UserError: shapes differ, features are not finite floats, the temperature is not above 0, or there is one
-            sample in all.
+        UserError: shapes differ, features are not finite floats, the temperature is not above 0, options exclude
+            each other, or there is one sample in all.
     """
     with refuse_together(query):
         check_pair(query, key, "query", "key")
         check_temperature(temperature)
+        check_directions(symmetric, similarity)
         if positives is not None:
             positives.check(len(query))
         if ids is not None:
@@ -68,7 +80,7 @@ def ring_info_nce(
     if sum(counts) < 2:
         raise UserError("ring_info_nce has no negative to compare with: there is one sample in all processes.")
     with full_precision(query):
-        left, right = unit_rows(widen(query)), unit_rows(widen(key))
+        left, right = prepare_query(query, similarity), prepare_key(key, similarity)
         scale = scale_of(temperature, left)
         losses = _direction(left * scale, right, counts, positives, ids)
         if symmetric:

@@ -101,6 +101,23 @@ def check_symmetric(similarity: object) -> None:
         raise UserError(f"similarity = {similarity!r}; it must be 'cosine' or 'dot'.")
 
 
+def check_directions(symmetric: bool, similarity: Similarity) -> None:
+    """Make sure that a similarity can be asked for from both sides, where it is.
+
+    Raises:
+        UserError: a map of the queries in two directions, or an unknown name.
+    """
+    if symmetric and callable(similarity):
+        raise UserError("A map of the queries has one direction: set symmetric=False, or similarity='cosine'.")
+    if not callable(similarity):
+        _check_name(similarity)
+
+
+def _check_name(similarity: str) -> None:
+    if similarity not in ("cosine", "dot"):
+        raise UserError(f"similarity = {similarity!r}; it must be 'cosine', 'dot' or a map of the queries.")
+
+
 def prepare_query(features: Tensor, similarity: Similarity) -> Tensor:
     """Features on the left of the dot product, in float32 or wider.
 
@@ -114,11 +131,9 @@ def prepare_query(features: Tensor, similarity: Similarity) -> Tensor:
 
 def prepare_key(features: Tensor, similarity: Similarity) -> Tensor:
     """Features on the right of the dot product, in float32 or wider."""
-    if similarity == "cosine":
-        return unit_rows(widen(features))
-    if similarity == "dot" or callable(similarity):
-        return widen(features)
-    raise UserError(f"similarity = {similarity!r}; it must be 'cosine', 'dot' or a map of the queries.")
+    if not callable(similarity):
+        _check_name(similarity)
+    return unit_rows(widen(features)) if similarity == "cosine" else widen(features)
 
 
 def scale_of(temperature: Temperature, features: Tensor) -> float | Tensor:

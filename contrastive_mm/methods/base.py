@@ -95,6 +95,9 @@ class Method(nn.Module, ABC):
                 "batches of at least 2, and leave out a last batch that is smaller."
             )
 
+    def set_num_samples(self, num_samples: int) -> None:
+        """Learn how many samples there are to train on, for banks with a slot for each; called before training."""
+
     def set_total_steps(self, total_steps: int) -> None:
         """Learn how many optimizer steps the run has, for schedules; called once, before the first step."""
 

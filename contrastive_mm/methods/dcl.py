@@ -33,6 +33,14 @@ class DCL(Method):
     """DCL (Yeh et al. 2022, arXiv 2110.06848): SimCLR's model with the decoupled loss.
 
     Small batches lose less than with SimCLR, since an easy positive no longer shrinks the negatives' gradient.
+
+    Where paper and released code differ, or the code and this one:
+
+    - The paper sums over rows; the code takes the mean over one direction, this one over both.
+    - The code subtracts 103 from the logits of a row with itself and with its positive. They are left out here: at a
+      temperature of 0.01 and below they would come back.
+    - The code compares features as they are, and leaves it to the caller to normalise them.
+    - In the code DCLW's weights carry a gradient, which the paper does not speak of; here they don't.
     """
 
     config_class = DCLConfig

@@ -11,14 +11,17 @@ from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import info_nce
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
-from contrastive_mm.methods.options import MethodOptions
+from contrastive_mm.methods.options import BankOptions
 from contrastive_mm.momentum import MomentumEncoder
 from contrastive_mm.views import Views
 
 
 @dataclass(frozen=True)
-class MoCoConfig(MethodOptions):
-    """MoCo (He et al. 2020) with the two-layer head of MoCo v2 (Chen et al. 2020b)."""
+class MoCoConfig(BankOptions):
+    """MoCo (He et al. 2020) with the two-layer head of MoCo v2 (Chen et al. 2020b).
+
+    MoCo v1 is --projection-layers 1 --temperature 0.07, with views that are cropped and coloured, but not blurred.
+    """
 
     temperature: float = 0.2
     """Divides the cosine similarity: 0.07 in MoCo v1, 0.2 in v2."""
@@ -28,7 +31,7 @@ class MoCoConfig(MethodOptions):
     momentum: float = 0.99
     """Share of the key encoder kept at each step (0.999 with ImageNet's long schedules)."""
     projection_layers: int = 2
-    """Linear layers of the projection head: 2 is the paper's; 0 compares the encoder's features themselves."""
+    """Linear layers of the projection head: 2 in MoCo v2, 1 in v1; 0 compares the encoder's features themselves."""
     hidden_dim: int = 512
     """Width of the projection head's hidden layer."""
     projection_dim: int = 128
@@ -37,6 +40,8 @@ class MoCoConfig(MethodOptions):
 
 class MoCo(Method):
     """MoCo (He et al. 2020, arXiv 1911.05722, algorithm 1) with MoCo v2's head (arXiv 2003.04297).
+
+    Version 1 has one linear layer in the place of the head (``projection_layers=1``), and T = 0.07.
 
     The first view gives the queries, the second the keys. Keys are read from the queue before the new ones are
     pushed, so that no positive is also a negative. Where the released code starts from a queue of random unit
@@ -56,7 +61,7 @@ class MoCo(Method):
             self.feature_dim, config.hidden_dim, config.projection_dim, config.projection_layers, batch_norm=False
         )
         self.momentum_encoder = MomentumEncoder(self._online(), config.momentum)
-        self.queue = FeatureQueue(config.queue_size, self.projector.output_dim)
+        self.queue = FeatureQueue(config.queue_size, self.projector.output_dim, **config.bank())
         self._new_keys: list[Tensor] = []
 
     def _online(self) -> nn.Sequential:
@@ -95,3 +100,4 @@ class MoCo(Method):
         for keys in self._new_keys:
             self.queue.push(keys)
         self._new_keys.clear()
+        self.queue.prefetch()

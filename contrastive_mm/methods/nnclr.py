@@ -14,14 +14,14 @@ from contrastive_mm.losses import info_nce
 from contrastive_mm.losses.similarity import widen
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
-from contrastive_mm.methods.options import MethodOptions
+from contrastive_mm.methods.options import BankOptions
 from contrastive_mm.views import Views, encode_views
 
 SEARCH_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class NNCLRConfig(MethodOptions):
+class NNCLRConfig(BankOptions):
     """NNCLR (Dwibedi et al. 2021)."""
 
     temperature: float = 0.1
@@ -42,7 +42,8 @@ class NNCLR(Method):
     The nearest neighbour of one view's projection in a queue of earlier projections is the query, the predictions
     for the other view are the keys; both directions are averaged. The paper's projection head has three layers with
     BatchNorm after each, the last one too; its prediction head has two. As in the paper one view's projections go
-    into the queue. Until the queue holds anything, a view is its own neighbour.
+    into the queue. Until the queue holds anything, a view is its own neighbour (the paper starts from a random
+    queue). The authors released no code.
     """
 
     config_class = NNCLRConfig
@@ -55,7 +56,7 @@ class NNCLR(Method):
         dim = head.output_dim
         self.projector = nn.Sequential(head, nn.BatchNorm1d(dim))
         self.predictor = ProjectionHead(dim, config.hidden_dim, dim)
-        self.queue = FeatureQueue(config.queue_size, dim)
+        self.queue = FeatureQueue(config.queue_size, dim, **config.bank())
         self._new_keys: list[Tensor] = []
 
     def forward(self, views: Views) -> Objective:
@@ -87,6 +88,7 @@ class NNCLR(Method):
         for keys in self._new_keys:
             self.queue.push(keys)
         self._new_keys.clear()
+        self.queue.prefetch()
 
     def _project(self, inputs: object) -> object:
         return self.projector(self.encoder(inputs))

@@ -16,21 +16,24 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.memory import InstanceBank
 from contrastive_mm.methods.base import Method, Objective
-from contrastive_mm.methods.options import MethodOptions
+from contrastive_mm.methods.options import BankOptions
 from contrastive_mm.views import Views, encode_views
 
 NORMALISER_MOMENTUM = 0.9
 """Share of the running normaliser kept at each step: it averages noise over ten steps, and follows the features."""
 
+WHOLE_BANK = 16
+"""Up to so many slots a draw, products with all slots are faster than looking drawn slots up, and take less memory."""
+
 
 @dataclass(frozen=True)
-class NPIDConfig(MethodOptions):
+class NPIDConfig(BankOptions):
     """Instance discrimination (Wu et al. 2018)."""
 
     temperature: float = 0.07
     """Divides the cosine similarity."""
-    bank_size: int = 65_536
-    """Slots of the bank: at least the number of samples in the data."""
+    bank_size: int = 0
+    """Slots of the bank, one for each sample to train on; 0 takes their number from the data."""
     negatives: int = 4096
     """Noise samples drawn from the bank for each sample; 0 takes the whole bank (the full softmax, section 3.1)."""
     bank_momentum: float = 0.5
@@ -67,37 +70,71 @@ class NPID(Method):
         super().__init__(encoder, config)
         self.temperature, self.negatives = config.temperature, config.negatives
         self.projector = ProjectionHead(self.feature_dim, 0, config.projection_dim, num_layers=1)
-        self.bank = InstanceBank(config.bank_size, config.projection_dim, config.bank_momentum)
+        self._options = config
+        self.bank: InstanceBank | None = None
+        if config.bank_size:
+            self._make_bank(config.bank_size)
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._log_normaliser: Tensor | None = None
         self._new_log_normaliser: Tensor | None = None
+
+    def _make_bank(self, size: int) -> InstanceBank:
+        options = self._options
+        bank = InstanceBank(size, options.projection_dim, options.bank_momentum, **options.bank())
+        self.bank = bank.to(next(self.projector.parameters()).device)
+        return bank
+
+    def _require_bank(self) -> InstanceBank:
+        if self.bank is None:
+            raise UserError(
+                "NPID keeps a slot for each sample and doesn't know their number: set bank_size in NPIDConfig "
+                "(--bank-size), or call set_num_samples before training."
+            )
+        return self.bank
+
+    def set_num_samples(self, num_samples: int) -> None:
+        """Make the bank, unless ``bank_size`` has said its size.
+
+        Raises:
+            UserError: ``bank_size`` is smaller.
+        """
+        bank = self.bank or self._make_bank(num_samples)
+        if len(bank) < num_samples:
+            raise UserError(
+                f"--bank-size = {len(bank)}, but there are {num_samples} samples to train on, which need a slot "
+                "each; 0 takes their number from the data."
+            )
 
     def forward(self, views: Views) -> Objective:
         """Tell each view's own slot from the others, the mean over all full views.
 
         Raises:
-            UserError: the views carry no sample ids, or one outside the bank.
+            UserError: the views carry no sample ids, or one outside the bank, or the bank has no size yet.
         """
         views.refuse_positives("NPID")
         ids = views.sample_ids
         if ids is None:
             raise UserError("NPID keeps a slot a sample and needs Views.sample_ids: let the batch carry its `index`.")
+        bank = self._require_bank()
         encoded = encode_views(self._project, views.inputs[: views.num_global])
         features = [F.normalize(feature.float(), dim=1) for feature in encoded]
         losses = [self._loss(feature, ids) for feature in features]
         if self.training:
             self._seen.append((ids, F.normalize(torch.stack(features).mean(0).detach(), dim=1)))
-        own = (features[0].detach() * self.bank.read(ids)).sum(1).mean()
-        pair = (features[0], self.bank.read(ids).float())
+        own = (features[0].detach() * bank.read(ids)).sum(1).mean()
+        pair = (features[0], bank.read(ids).float())
         return Objective(torch.stack(losses).mean(), {"positive_similarity": own}, features=pair)
 
     def after_step(self) -> None:
         """Keep the running normaliser, then mix this step's features into the bank."""
         if self._new_log_normaliser is not None:
             self._log_normaliser, self._new_log_normaliser = self._new_log_normaliser, None
+        bank = self._require_bank()
         for ids, features in self._seen:
-            self.bank.write(ids, features)
+            bank.write(ids, features)
         self._seen.clear()
+        if self._reads_all(bank):
+            bank.prefetch()
 
     def get_extra_state(self) -> dict[str, float | None]:
         """The running normaliser, for ``state_dict``."""
@@ -119,16 +156,26 @@ class NPID(Method):
         return self.projector(self.encoder(inputs))
 
     def _loss(self, features: Float[Tensor, "batch dim"], ids: Tensor) -> Tensor:
-        own = (features * self.bank.read(ids)).sum(1) / self.temperature
+        bank = self._require_bank()
+        own = (features * bank.read(ids)).sum(1) / self.temperature
         if self.negatives == 0:
-            logits = features @ self.bank.features().float().T / self.temperature
+            logits = features @ bank.features().float().T / self.temperature
             return F.cross_entropy(logits, ids.long(), reduction="sum") / mean_row_count(features)
-        noise_ids = self.bank.sample_negatives(len(features), self.negatives)
-        noise = torch.einsum("bd,bkd->bk", features, self.bank.read(noise_ids).float()) / self.temperature
-        log_normaliser = self._running_log_normaliser(self.bank.log_normaliser(noise.detach()))
+        noise = self._noise(features, bank) / self.temperature
+        log_normaliser = self._running_log_normaliser(bank.log_normaliser(noise.detach()))
         if self.training:
             self._new_log_normaliser = log_normaliser
         # h = P / (P + m P_n), with P = exp(s) / Z and P_n = 1 / n: a sigmoid of s - log Z - log(m / n).
-        offset = log_normaliser + math.log(self.negatives / len(self.bank))
+        offset = log_normaliser + math.log(self.negatives / len(bank))
         losses = -(F.logsigmoid(own - offset) + F.logsigmoid(offset - noise).sum(1))
         return losses.sum() / mean_row_count(features)
+
+    def _noise(self, features: Float[Tensor, "batch dim"], bank: InstanceBank) -> Float[Tensor, "batch draws"]:
+        """Dot products with drawn slots."""
+        ids = bank.sample_negatives(len(features), self.negatives)
+        if self._reads_all(bank):
+            return (features @ bank.features().float().T).gather(1, ids)
+        return torch.einsum("bd,bkd->bk", features, bank.read(ids).float())
+
+    def _reads_all(self, bank: InstanceBank) -> bool:
+        return self.negatives == 0 or len(bank) <= WHOLE_BANK * self.negatives

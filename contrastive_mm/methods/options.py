@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal, TypedDict
+
+import torch
 
 from contrastive_mm.errors import UserError
 
@@ -39,3 +42,27 @@ class MethodOptions:
                 least = min(bound, usual) if isinstance(usual, int | float) else bound
                 if field.name.endswith(ending) and not value >= least:
                     raise UserError(f"{flag}; it must be at least {least}.")
+
+
+class BankStorage(TypedDict):
+    """Keyword arguments of a bank."""
+
+    dtype: torch.dtype
+    device: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class BankOptions(MethodOptions):
+    """Of methods with features of earlier batches: how these are kept."""
+
+    bank_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type in which the bank keeps features; half precision takes half the memory."""
+    bank_device: Literal["same", "cpu"] = "same"
+    """Where the bank lies: on the device that trains, or on the CPU, from where it is copied ahead for each step."""
+
+    def bank(self) -> BankStorage:
+        """As keyword arguments of ``FeatureQueue`` and ``InstanceBank``."""
+        return {
+            "dtype": getattr(torch, self.bank_dtype),
+            "device": None if self.bank_device == "same" else self.bank_device,
+        }

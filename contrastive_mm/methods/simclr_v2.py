@@ -12,13 +12,13 @@ from contrastive_mm.heads import ProjectionHead
 from contrastive_mm.losses import info_nce, nt_xent
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
-from contrastive_mm.methods.options import MethodOptions
+from contrastive_mm.methods.options import BankOptions
 from contrastive_mm.momentum import MomentumEncoder
 from contrastive_mm.views import Views, encode_views
 
 
 @dataclass(frozen=True)
-class SimCLRV2Config(MethodOptions):
+class SimCLRV2Config(BankOptions):
     """SimCLR v2 (Chen et al. 2020b)."""
 
     temperature: float = 0.1
@@ -66,7 +66,9 @@ class SimCLRV2(Method):
             ProjectionHead(self.feature_dim, config.hidden_dim, config.projection_dim, config.projection_layers),
             nn.BatchNorm1d(config.projection_dim),
         )
-        self.queue = FeatureQueue(config.queue_size, config.projection_dim) if config.queue_size else None
+        self.queue = None
+        if config.queue_size:
+            self.queue = FeatureQueue(config.queue_size, config.projection_dim, **config.bank())
         self.momentum_encoder = MomentumEncoder(self._online(), config.momentum) if config.queue_size else None
         self._new_keys: list[Tensor] = []
 
@@ -117,6 +119,7 @@ class SimCLRV2(Method):
         for keys in self._new_keys:
             self.queue.push(keys)
         self._new_keys.clear()
+        self.queue.prefetch()
 
     def fine_tuning_encoder(self) -> nn.Module:
         """The encoder with the head's first ``kept_layers`` layers; it shares their weights.

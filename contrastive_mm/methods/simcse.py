@@ -31,8 +31,15 @@ class SimCSE(Method):
     InfoNCE with cosine similarity over the batch, one direction, behind a linear layer with tanh that is used
     in training only (section 6.3). With two dropout views (``contrastive_mm.nlp``) it is the unsupervised method;
     with an anchor and its positive, and as third view a hard negative, the supervised one: every hard negative of
-    the batch is a candidate for every anchor. The paper keeps the layer in its supervised models; here it is a part
-    of training in both.
+    the batch is a candidate for every anchor.
+
+    Where paper and released code differ, or the code and this one:
+
+    - The paper keeps the layer in its supervised models; here it is a part of training in both.
+    - The paper's appendix and the code can weigh an anchor's own hard negative otherwise than the others'. The paper
+      found no gain over equal weights, which are taken here.
+    - In several processes the code compares with the others' sentences without their gradient, which then is not
+      that of the whole batch. Here it is.
     """
 
     config_class = SimCSEConfig

@@ -16,14 +16,14 @@ from contrastive_mm.losses.similarity import full_precision, widen
 from contrastive_mm.losses.swapped import swapped_prediction
 from contrastive_mm.memory import FeatureQueue
 from contrastive_mm.methods.base import Method, Objective, positive_similarity
-from contrastive_mm.methods.options import MethodOptions
+from contrastive_mm.methods.options import BankOptions
 from contrastive_mm.views import Views, encode_views
 
 FULL_VIEWS = 2
 
 
 @dataclass(frozen=True)
-class SwAVConfig(MethodOptions):
+class SwAVConfig(BankOptions):
     """SwAV (Caron et al. 2020)."""
 
     temperature: float = 0.1
@@ -89,7 +89,8 @@ class SwAV(Method):
         self.prototypes = nn.Linear(dim, config.num_prototypes, bias=False)
         self._normalise_prototypes()
         self.queues: Any = nn.ModuleList(
-            FeatureQueue(config.queue_size, dim) for _ in range(FULL_VIEWS if config.queue_size else 0)
+            FeatureQueue(config.queue_size, dim, **config.bank())
+            for _ in range(FULL_VIEWS if config.queue_size else 0)
         )
         # A plain integer, not a tensor: reading it on a GPU would wait for it at every step.
         self._steps = 0
@@ -126,6 +127,8 @@ class SwAV(Method):
             for queue, features in zip(self.queues, of_views, strict=True):
                 queue.push(features)
         self._new_features.clear()
+        for queue in self.queues:
+            queue.prefetch()
 
     def get_extra_state(self) -> dict[str, int]:
         """The number of steps, for ``state_dict``."""

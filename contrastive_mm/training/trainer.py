@@ -39,8 +39,9 @@ class Trainer:
     Args:
         method: trained in place.
         make_views: turns a raw batch into views.
-        batches: iterable once an epoch, with a length; with ``state_dict`` and ``load_state_dict`` (as
-            ``ShuffledBatches`` has) a resumed run also continues its order.
+        batches: iterable once an epoch, with a length. With ``state_dict`` and ``load_state_dict`` (as
+            ``ShuffledBatches`` has) a resumed run also continues its order; ``num_samples`` tells methods and the
+            doctor how many samples there are.
         config: the options.
         output: folder of the run; ``metrics.jsonl``, ``checkpoints/`` and ``encoder.safetensors`` go there.
 
@@ -59,6 +60,9 @@ class Trainer:
         self.config = config
         self.output = Path(output)
         self.batches = batches
+        samples: int | None = getattr(batches, "num_samples", None)
+        if samples is not None:
+            method.set_num_samples(samples)
         self.updater = Updater(
             method,
             build_optimizer(method, config),
@@ -76,7 +80,6 @@ class Trainer:
         self.doctor: Doctor | None = None
         if config.diagnose:
             warmup = int(config.warmup_share * self.total_steps)
-            samples = getattr(batches, "num_samples", None)
             self.doctor = Doctor(config.log_every, self.total_steps, warmup, config.gradient_clip, samples)
             self.updater.on_objective = self._examine
         self.log = MetricsLog(self.output / "metrics.jsonl")
