@@ -44,18 +44,30 @@ def test_figures_in_the_readme_are_in_the_raw_results():
 def test_loss_ratios_in_the_readme_are_those_of_the_raw_results():
     import json
 
-    cells = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_text())["cells"]
-    shown = {
-        int(row[0].replace(",", "")): row[1] for row in re.findall(r"^\| ([\d,]+) \| (\d.*)$", README, re.MULTILINE)
-    }
-    for cell in cells:
-        if not cell["group"].startswith("NT-Xent") or cell["samples"] not in shown:
-            continue
-        own = cell["median"]["contrastive_mm"], cell["peak_mib"]["contrastive_mm"]
-        columns = [column.strip() for column in shown[cell["samples"]].split("|")][1:4]
-        for name, column in zip(("plain", "plain, compiled", "lightly"), columns, strict=True):
-            if column:
-                time, memory = (float(part) for part in re.findall(r"([\d.]+)x", column))
-                assert cell["median"][name] / own[0] == pytest.approx(time, rel=0.02)
-                assert cell["peak_mib"][name] / own[1] == pytest.approx(memory, rel=0.05)
-    assert set(shown) == {2048, 8192, 32768}
+    result = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_text())
+    cells = {(cell["group"].split(",")[0].split(" (")[0], cell["samples"]): cell for cell in result["cells"]}
+    groups = {"InfoNCE, both ways": "InfoNCE both ways", "InfoNCE, one way": "InfoNCE one way"}
+    libraries = {"open_clip": "open_clip_torch"}
+    rows = re.findall(r"^\| ((?:NT-Xent|InfoNCE)[^|]*) \| ([\d,]+) \| ([^|]*) \|(.*)\|$", README, re.MULTILINE)
+    assert len(rows) == 8
+    compared = 0
+    for loss, samples, own, others in rows:
+        group = "InfoNCE" if "queue" in loss else groups.get(loss, loss)
+        cell = cells[group, int(samples.replace(",", ""))]
+        seconds, mebibytes = cell["median"]["contrastive_mm"], cell["peak_mib"]["contrastive_mm"]
+        shown, unit = re.match(r"([\d.]+) (ms|s)", own).groups()
+        assert seconds == pytest.approx(float(shown) * (0.001 if unit == "ms" else 1), rel=0.03)
+        if "MiB" in own:
+            assert mebibytes == pytest.approx(float(re.search(r"([\d.]+) MiB", own).group(1)), rel=0.06)
+        plain, compiled, rivals = others.split("|")
+        told = {"plain": plain, "plain, compiled": compiled}
+        for rival in filter(None, (part.strip() for part in rivals.split(";"))):
+            name, version, kind, ratios = re.fullmatch(r"(\S+) ([\d.]+)(, cached)?: (.*)", rival).groups()
+            assert version == result["versions"][libraries.get(name, name)]
+            told[name + (kind or "")] = ratios
+        for name, ratios in told.items():
+            found = [float(ratio) for ratio in re.findall(r"([\d.]+)x", ratios)]
+            for ratio, figures, mine in zip(found, ("median", "peak_mib"), (seconds, mebibytes), strict=False):
+                assert cell[figures][name] / mine == pytest.approx(ratio, rel=0.06)
+                compared += 1
+    assert compared == 32
