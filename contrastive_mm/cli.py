@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from contrastive_mm.domain import DOMAIN_REGISTRY
+from contrastive_mm.domain import DOMAIN_REGISTRY, domain_commands
 from contrastive_mm.errors import UserError, unknown_name
 
 USAGE = """usage: contrastive-mm COMMAND ...
@@ -77,6 +77,8 @@ def embed(run: Positional[Path], data: Positional[str], out: Path = Path("featur
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "evaluate": evaluate, "embed": embed}
+RUN_COMMANDS = ("evaluate", "embed")
+"""Of these, what is done to a run, and may stand behind its domain's name too."""
 
 
 def _train(domain: str, arguments: list[str]) -> None:
@@ -92,15 +94,23 @@ def _train(domain: str, arguments: list[str]) -> None:
     )
 
 
+def _run_domain_command(domain: str, word: str, arguments: list[str]) -> None:
+    """A command of the domain's own, or one that every domain's runs have."""
+    commands = {name: COMMANDS[name] for name in RUN_COMMANDS} | domain_commands(domain)
+    if word not in commands:
+        raise unknown_name(f"command of {domain}", word, list(commands))
+    tyro.cli(commands[word], prog=f"contrastive-mm {domain} {word}", args=arguments)
+
+
 def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return
     name, rest = arguments[0], arguments[1:]
     domains = DOMAIN_REGISTRY.names()
-    if name in domains and rest and rest[0] in ("evaluate", "embed"):
-        name, rest = rest[0], rest[1:]
-    if name in COMMANDS:
+    if name in domains and rest and not rest[0].startswith("-"):
+        _run_domain_command(name, rest[0], rest[1:])
+    elif name in COMMANDS:
         tyro.cli(COMMANDS[name], prog=f"contrastive-mm {name}", args=rest)
     elif name in domains:
         _train(name, rest)

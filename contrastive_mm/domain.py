@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -52,7 +53,8 @@ class Domain(Protocol):
 
     Made from its options (``config_class``, a dataclass), a seed, and a folder with what an earlier run of it
     saved (None in a new run). Its ``config`` then holds the options with every default decided, so that a saved
-    configuration fits its encoder whatever data it is used on.
+    configuration fits its encoder whatever data it is used on. It may list commands of its own
+    (``domain_commands``).
     """
 
     config_class: ClassVar[type[Any]]
@@ -107,6 +109,19 @@ def load_domain(name: str) -> type[Any]:
     """
     domain: type[Any] = DOMAIN_REGISTRY.load(name)
     return domain
+
+
+def domain_commands(name: str) -> dict[str, Callable[..., None]]:
+    """What a domain does beyond pretraining, by the word behind its name on the command line.
+
+    A domain lists them in ``commands``, a class attribute: word -> ``"module:function"``. A function's annotated
+    parameters are its flags, its docstring is its help.
+
+    Raises:
+        UserError: as ``load_domain``.
+    """
+    commands: Mapping[str, str] = getattr(load_domain(name), "commands", {})
+    return {word: pkgutil.resolve_name(place) for word, place in commands.items()}
 
 
 def recipe_folder(name: str) -> Path:

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 from contrastive_mm.cli import main
@@ -170,3 +171,18 @@ def test_names_at_the_top_are_found():
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = contrastive_mm.Nothing
     assert torch.is_tensor(contrastive_mm.nt_xent(torch.randn(2, 3), torch.randn(2, 3)))
+
+
+def test_a_domain_has_commands_of_its_own_and_names_them(monkeypatch, capsys):
+    from contrastive_mm.vision.domain import ImageDomain
+
+    monkeypatch.setattr(ImageDomain, "commands", {"count": "test_cli:count_letters"}, raising=False)
+    assert run("vision", "count", "abcd", "--times", 2) == 0
+    assert capsys.readouterr().out == "8\n"
+    assert run("nlp", "count", "abcd") == 2
+    assert "Unknown command of nlp 'count'. Known: embed, evaluate." in capsys.readouterr().err
+
+
+def count_letters(word: tyro.conf.Positional[str], times: int = 1) -> None:
+    """Count letters."""
+    print(len(word) * times)
