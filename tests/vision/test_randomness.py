@@ -6,8 +6,11 @@ import pytest
 import torch
 from test_augment import pictures
 
-from contrastive_mm.vision import augment
-from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, colour_jitter, random_blur
+from contrastive_mm.vision import colour as colours
+from contrastive_mm.vision.augment import ImageViewConfig, ImageViews
+from contrastive_mm.vision.blur import random_blur
+from contrastive_mm.vision.colour import colour_jitter
+from contrastive_mm.vision.presets import simclr_jitter
 
 COPIES = 64
 OFF = {"crop_scale": 1.0, "flip": 0.0, "jitter": 0.0, "greyscale": 0.0, "blur": 0.0}
@@ -27,7 +30,7 @@ def only(monkeypatch, colour):
     """Switch the other three colour changes off."""
     for other in COLOURS:
         if other != colour:
-            monkeypatch.setattr(augment, f"adjust_{other}", lambda images, factor: images)
+            monkeypatch.setattr(colours, f"adjust_{other}", lambda images, factor: images)
 
 
 def test_nothing_is_random_with_everything_off():
@@ -57,15 +60,15 @@ def test_a_flip_mirrors_left_and_right():
 @pytest.mark.parametrize("colour", COLOURS)
 def test_each_image_has_a_factor_of_its_own_for_each_colour(monkeypatch, colour, generator):
     only(monkeypatch, colour)
-    assert kinds(colour_jitter(copies(), 0.5, generator)) > 0.8 * COPIES
+    assert kinds(colour_jitter(copies(), simclr_jitter(0.5), generator)) > 0.8 * COPIES
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0, 1.25])
 def test_factors_fill_the_range_that_the_strength_gives(monkeypatch, colour, strength, generator):
     only(monkeypatch, colour)
-    monkeypatch.setattr(augment, f"adjust_{colour}", lambda images, factor: images * 0 + factor[:, None, None, None])
-    drawn = colour_jitter(copies(2000, 4, 4), strength, generator)[:, 0, 0, 0]
+    monkeypatch.setattr(colours, f"adjust_{colour}", lambda images, factor: images * 0 + factor[:, None, None, None])
+    drawn = colour_jitter(copies(2000, 4, 4), simclr_jitter(strength), generator)[:, 0, 0, 0]
     low, high = (max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength) if colour != "hue" else (-0.2 * strength,) * 2
     high = 0.2 * strength if colour == "hue" else high
     slack = 0.02 * (high - low) + 1e-6
@@ -86,9 +89,9 @@ def test_the_strength_of_the_options_reaches_the_jitter():
 def test_all_orders_of_the_colour_changes_come_up_equally_often(monkeypatch, generator):
     # Maps of which no two orders give the same: the result tells the order.
     for number, colour in enumerate(COLOURS):
-        monkeypatch.setattr(augment, f"adjust_{colour}", lambda images, factor, n=number: images * (n + 2) + 7**n)
+        monkeypatch.setattr(colours, f"adjust_{colour}", lambda images, factor, n=number: images * (n + 2) + 7**n)
     count = 2400
-    ends = colour_jitter(torch.zeros(count, 3, 2, 2), 0.5, generator)[:, 0, 0, 0]
+    ends = colour_jitter(torch.zeros(count, 3, 2, 2), simclr_jitter(0.5), generator)[:, 0, 0, 0]
     orders, counts = ends.unique(return_counts=True)
     assert len(orders) == math.factorial(4)
     expected = count / 24
