@@ -15,13 +15,18 @@ from torch import Tensor
 from contrastive_mm.errors import UserError, unknown_name
 from contrastive_mm.positives import Positives
 from contrastive_mm.views import RandomStream, Views
-from contrastive_mm.vision.blur import random_blur
-from contrastive_mm.vision.colour import colour_jitter, solarise, to_float, to_grey
-from contrastive_mm.vision.crops import crop_and_resize, random_resized_crop
-from contrastive_mm.vision.draws import Images, Squares, on_some
+from contrastive_mm.vision.blur import blur
+from contrastive_mm.vision.colour import jitter_, solarise, to_grey
+from contrastive_mm.vision.crops import crop_and_resize
+from contrastive_mm.vision.draws import Images, Plan, Squares, change_some_, draw_plan
 from contrastive_mm.vision.mixing import MIXINGS
 from contrastive_mm.vision.presets import NORMALISATIONS, PRESETS, Normalisation, Preset, Recipe, simclr_jitter
-from contrastive_mm.vision.randaugment import LARGEST_MAGNITUDE, rand_augment
+from contrastive_mm.vision.randaugment import LARGEST_MAGNITUDE, OPERATIONS, rand_augment_
+
+CACHED = 1 << 19
+"""Values of a part of a batch on a CPU: 2 MiB of floats."""
+
+Pixels = UInt8[Tensor, "batch channels height width"] | Images
 
 PROBABILITIES = ("flip", "jitter", "greyscale", "blur", "solarise")
 
@@ -170,7 +175,7 @@ class ImageViews:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Views:
         """The views of each image, normalised."""
-        images, preset = to_float(batch["image"]), self.preset
+        images, preset = batch["image"], self.preset
         first, second = self.augment(images), self.augment(images, preset.second)
         small = [self.augment(images, preset.small, self.small_size) for _ in range(preset.small_crops)]
         positives = None
@@ -188,22 +193,34 @@ class ImageViews:
             positives=positives,
         )
 
-    def augment(self, images: Images, recipe: Recipe | None = None, size: int | None = None) -> Squares:
+    def augment(self, images: Pixels, recipe: Recipe | None = None, size: int | None = None) -> Squares:
         """One random view of each image, normalised.
 
         Args:
-            images: (B, C, H, W) in 0..1.
+            images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
             recipe: what is done; by default the first view's.
             size: side of the view in pixels; by default the full views'.
 
         Returns:
             (B, C, size, size).
         """
-        recipe, generator = recipe or self.preset.first, self.stream.on(images.device)
-        views = random_resized_crop(images, size or self.size, recipe.crop_scale, recipe.flip, generator)
-        return normalise(change_colours(views, recipe, generator), self.preset.normalisation)
+        recipe, size = recipe or self.preset.first, size or self.size
+        count, channels, height, width = images.shape
+        plan = draw_plan(recipe, count, height, width, len(OPERATIONS), self.stream.on(torch.device("cpu")))
+        # In parts that stay in a core's cache, where every change reads and writes them.
+        part = count if images.device.type != "cpu" else max(1, CACHED // (channels * size * size))
+        made: Tensor | None = None
+        for start in range(0, count, part):
+            rows = slice(start, start + part)
+            views = make_view(images[rows], recipe, plan.part(rows), size)
+            if recipe.own is not None:
+                views = recipe.own(views, self.stream.on(images.device))
+            if made is None:
+                made = views.new_empty(count, channels, size, size)
+            normalise(views, self.preset.normalisation, out=made[rows])
+        return images.new_empty(0, channels, size, size).float() if made is None else made
 
-    def plain(self, images: UInt8[Tensor, "batch channels height width"]) -> Squares:
+    def plain(self, images: Pixels) -> Squares:
         """The view that evaluation uses: the whole image, normalised as the views are."""
         return plain_view(images, self.size, self.preset.normalisation)
 
@@ -216,27 +233,30 @@ class ImageViews:
         self.stream.load_state_dict(state)
 
 
-def change_colours(images: Images, recipe: Recipe, generator: torch.Generator) -> Images:
-    """All of a recipe but its crop; what is about colours is left out where there is one channel."""
-    if images.shape[1] == 3:
-        operations, magnitude = recipe.rand_augment
-        if operations:
-            images = rand_augment(images, operations, magnitude, generator)
-        grey = recipe.greyscale
+def make_view(images: Tensor, recipe: Recipe, plan: Plan, size: int) -> Squares:
+    """One view of each image, in 0..1, as it was drawn; what is about colours is left out where there is one channel.
+
+    Args:
+        images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
+        recipe: of which the plan was drawn.
+        plan: what is done to each image.
+        size: side of the views.
+    """
+    views = crop_and_resize(images, plan.boxes, size, plan.mirrored)
+    if views.shape[1] == 3:
+        rand_augment_(views, plan.operations, plan.signs, recipe.rand_augment[1])
         if recipe.greyscale_first:
-            images = on_some(images, grey, generator, lambda x: to_grey(x).expand_as(x))
-        images = on_some(
-            images, recipe.jitter, generator, lambda x: colour_jitter(x, recipe.jitter_strengths, generator)
-        )
+            change_some_(views, plan.grey, lambda some, rows: to_grey(some).expand_as(some))
+        jitter_(views, plan.jittered, plan.factors, plan.order)
         if not recipe.greyscale_first:
-            images = on_some(images, grey, generator, lambda x: to_grey(x).expand_as(x))
-    images = on_some(images, recipe.blur, generator, lambda x: random_blur(x, generator))
-    images = on_some(images, recipe.solarise, generator, solarise)
-    return images if recipe.own is None else recipe.own(images, generator)
+            change_some_(views, plan.grey, lambda some, rows: to_grey(some).expand_as(some))
+    change_some_(views, plan.blurred, lambda some, rows: blur(some, plan.sigma[rows]))
+    change_some_(views, plan.solarised, lambda some, rows: solarise(some))
+    return views
 
 
-def normalise(images: Images, normalisation: Normalisation = "half") -> Images:
-    """Take the mean off and divide by the deviation, channel by channel.
+def normalise(images: Images, normalisation: Normalisation = "half", out: Tensor | None = None) -> Images:
+    """Take the mean off and divide by the deviation, channel by channel; into ``out``, if it is given.
 
     Raises:
         UserError: the normalisation is of three channels, and the images have another number.
@@ -247,12 +267,10 @@ def normalise(images: Images, normalisation: Normalisation = "half") -> Images:
             f"The normalisation {normalisation!r} is of {len(mean)} channels, but the images have {images.shape[1]}: "
             "take --normalisation half."
         )
-    return torch.addcmul((-mean / deviation)[:, None, None], images, (1 / deviation)[:, None, None])
+    return torch.addcmul((-mean / deviation)[:, None, None], images, (1 / deviation)[:, None, None], out=out)
 
 
-def plain_view(
-    images: UInt8[Tensor, "batch channels height width"], size: int, normalisation: Normalisation = "half"
-) -> Squares:
+def plain_view(images: Pixels, size: int, normalisation: Normalisation = "half") -> Squares:
     """The view that evaluation uses: resized without cropping, normalised."""
     whole = torch.tensor([[0.0, 0.0, images.shape[2], images.shape[3]]], device=images.device)
-    return normalise(crop_and_resize(to_float(images), whole.expand(len(images), 4), size), normalisation)
+    return normalise(crop_and_resize(images, whole.expand(len(images), 4), size), normalisation)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from contrastive_mm.vision.draws import Images, uniform
+from contrastive_mm.vision.draws import Images, change_some_
 
 LUMA = (0.2989, 0.587, 0.114)
 
@@ -19,19 +22,18 @@ def to_float(images: UInt8[Tensor, "batch channels height width"] | Images) -> I
 
 def to_grey(images: Images) -> Float[Tensor, "batch 1 height width"]:
     """Luminance (ITU-R 601), as PIL and torchvision compute it."""
-    weights = torch.tensor(LUMA, device=images.device, dtype=images.dtype)
-    return (images * weights[:, None, None]).sum(dim=1, keepdim=True)
+    grey = images[:, :1] * LUMA[0]
+    return grey.add_(images[:, 1:2], alpha=LUMA[1]).add_(images[:, 2:3], alpha=LUMA[2])
 
 
 def blend(images: Images, other: Tensor, factor: Float[Tensor, " batch"]) -> Images:
     """Mix images by a factor each; a factor above 1 goes beyond the first."""
-    share = factor[:, None, None, None]
-    return (share * images + (1 - share) * other).clamp(0, 1)
+    return torch.lerp(other, images, factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_brightness(images: Images, factor: Float[Tensor, " batch"]) -> Images:
     """Scale each image's values by its factor."""
-    return (images * factor[:, None, None, None]).clamp(0, 1)
+    return (images * factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_contrast(images: Images, factor: Float[Tensor, " batch"]) -> Images:
@@ -47,47 +49,61 @@ def adjust_saturation(images: Images, factor: Float[Tensor, " batch"]) -> Images
 def adjust_hue(images: Images, shift: Float[Tensor, " batch"]) -> Images:
     """Turn each image's hue by a share of the colour circle, exactly, in HSV.
 
-    The value and the chroma of a pixel stay and only its place on the circle moves, so each channel comes
-    straight from the shifted hue: ``v - c * clamp(min(k, 4 - k), 0, 1)`` with ``k = (n + 6 h) mod 6``, n = 5, 3, 1.
+    The value v and the chroma c of a pixel stay and only its place h on the circle of six sectors moves, so each
+    channel comes straight from it: ``v - c * clamp(2 - |h + n - 2|, 0, 1)``, taken round the circle, n = 5, 3, 1.
     """
-    value, lead = images.max(dim=1)
-    chroma = value - images.min(dim=1).values
     red, green, blue = images.unbind(dim=1)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    sector = torch.where(
-        lead == 0,
-        (green - blue) / safe,
-        torch.where(lead == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    # A pixel without colour has differences of 0, whatever they are divided by.
+    per_chroma = chroma.clamp_min(1e-8).reciprocal_()
+    hue = torch.where(
+        red == value,
+        (green - blue) * per_chroma,
+        torch.where(green == value, (blue - red).mul_(per_chroma).add_(2), (red - green).mul_(per_chroma).add_(4)),
     )
-    hue = sector + 6 * shift[:, None, None]
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device)[None, :, None, None]
-    place = (offsets + hue[:, None]) % 6
-    fall = torch.minimum(place, 4 - place).clamp(0, 1)
-    return value[:, None] - chroma[:, None] * fall
+    hue += 6 * shift[:, None, None]
+    turned = torch.empty_like(images)
+    for channel, offset in enumerate((3.0, 1.0, -1.0)):
+        place = hue + offset
+        place -= (place / 6).round_().mul_(6)
+        fall = place.abs_().neg_().add_(2).clamp_(0, 1)
+        torch.addcmul(value, fall, chroma, value=-1, out=turned[:, channel])
+    return turned
 
 
-def colour_jitter(images: Images, strengths: tuple[float, float, float, float], generator: torch.Generator) -> Images:
-    """Brightness, contrast, saturation and hue, each image with its own factors in its own order.
+CHANGES: tuple[Callable[[Images, Tensor], Images], ...] = (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    adjust_hue,
+)
+"""What the colour jitter does, in the order of its strengths."""
+
+
+def jitter_(
+    images: Images,
+    jittered: Bool[Tensor, " batch"],
+    factors: Float[Tensor, "batch 4"],
+    order: Int[Tensor, "batch 4"],
+) -> None:
+    """Colour jitter in place, each image with its own factors in its own order (``draws.draw_jitter``).
 
     Args:
         images: (B, 3, H, W) in 0..1.
-        strengths: b, c, s, h as torchvision's ColorJitter takes them: factors in [1 - b, 1 + b] (not below 0) and so
-            on, the hue's shift in [-h, h] of the circle.
-        generator: random source on the images' device.
+        jittered: (B,) which images; this and what follows is on the CPU.
+        factors: (B, 4).
+        order: (B, 4).
     """
-    count = len(images)
-    changes = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    factors = [uniform(count, max(0.0, 1 - s), 1 + s, generator) for s in strengths[:3]]
-    factors.append(uniform(count, -strengths[3], strengths[3], generator))
-    order: Int[Tensor, "batch 4"] = torch.rand(count, len(changes), generator=generator, device=images.device).argsort(
-        dim=1
-    )
-    for turn in range(len(changes)):
-        for number, (change, factor) in enumerate(zip(changes, factors, strict=True)):
-            rows = (order[:, turn] == number).nonzero().flatten()
-            if len(rows):
-                images = images.index_copy(0, rows, change(images[rows], factor[rows]))
-    return images
+    for turn in range(len(CHANGES)):
+        for number, change in enumerate(CHANGES):
+            strengths = factors[:, number]
+            change_some_(images, jittered & (order[:, turn] == number), partial(by_strength, change, strengths))
+
+
+def by_strength(change: Callable[[Images, Tensor], Images], strengths: Tensor, some: Images, rows: Tensor) -> Images:
+    """A change of some images, each with the strength of its row: for ``draws.change_some_``."""
+    return change(some, strengths[rows].to(some))
 
 
 def levels(images: Images) -> UInt8[Tensor, "batch channels height width"]:

@@ -1,46 +1,17 @@
-"""Cropping, resizing and flipping: linear and separable, so one matrix for the rows and one for the columns does all.
-
-They match PIL's antialiased resize to one grey level.
-"""
+"""Cropping, resizing and flipping, as PIL's antialiased resize does it, to one grey level."""
 
 from __future__ import annotations
 
-import math
-
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from contrastive_mm.vision.draws import Images, Squares, uniform
+from contrastive_mm.vision.colour import to_float
+from contrastive_mm.vision.draws import Images, Squares
 
-RATIO = (3 / 4, 4 / 3)
-CROP_ATTEMPTS = 10
-
-
-def random_boxes(
-    count: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator
-) -> Float[Tensor, "count 4"]:
-    """Crop boxes (top, left, height, width) in whole pixels, drawn as torchvision's RandomResizedCrop draws them.
-
-    Area uniform between two shares of the image's, the logarithm of the aspect ratio uniform in [3/4, 4/3]; the
-    first of ten draws that fits inside the image counts, else the largest central box of an allowed ratio.
-    """
-    drawn = count * CROP_ATTEMPTS
-    area = height * width * uniform(drawn, *scale, generator)
-    ratio = uniform(drawn, math.log(RATIO[0]), math.log(RATIO[1]), generator).exp()
-    box_w = (area * ratio).sqrt().round().view(count, CROP_ATTEMPTS)
-    box_h = (area / ratio).sqrt().round().view(count, CROP_ATTEMPTS)
-    fits = (box_w >= 1) & (box_h >= 1) & (box_w <= width) & (box_h <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    box_w, box_h = box_w.gather(1, first).flatten(), box_h.gather(1, first).flatten()
-    found = fits.any(dim=1)
-    box_w = torch.where(found, box_w, torch.full_like(box_w, min(width, round(height * RATIO[1]))))
-    box_h = torch.where(found, box_h, torch.full_like(box_h, min(height, round(width / RATIO[0]))))
-    place_y, place_x = uniform(count, 0, 1, generator), uniform(count, 0, 1, generator)
-    place_y, place_x = place_y.where(found, 0.5), place_x.where(found, 0.5)
-    top = (place_y * (height - box_h + 1)).floor().clamp(max=height - box_h)
-    left = (place_x * (width - box_w + 1)).floor().clamp(max=width - box_w)
-    return torch.stack([top, left, box_h, box_w], dim=1)
+LARGEST_BATCHED = 48
+"""On a CPU, views of more pixels a side are resized one by one, by torch's own code for bytes."""
 
 
 def resize_matrix(
@@ -62,24 +33,48 @@ def resize_matrix(
 
 
 def crop_and_resize(
-    images: Images,
+    images: UInt8[Tensor, "batch channels height width"] | Images,
     boxes: Float[Tensor, "batch 4"],
     size: int,
     mirrored: Bool[Tensor, " batch"] | None = None,
 ) -> Squares:
-    """Crop each image to its box (top, left, height, width), resize to (size, size), mirror where asked."""
+    """Crop each image to its box, resize to (size, size), mirror where asked.
+
+    All of it is linear and separable: one matrix for the rows and one for the columns do it for a whole batch. Larger
+    views of bytes on a CPU are made one by one, without the matrices' many zeros; they are rounded to whole grey
+    levels then, as PIL's are.
+
+    Args:
+        images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
+        boxes: (B, 4) top, left, height, width in pixels, whole ones for bytes.
+        size: side of the result in pixels.
+        mirrored: (B,) which are mirrored.
+
+    Returns:
+        (B, C, size, size) in 0..1.
+    """
+    if images.dtype == torch.uint8 and images.device.type == "cpu" and size > LARGEST_BATCHED:
+        return _one_by_one(images, boxes, size, mirrored)
+    boxes = boxes.to(images.device)
     rows = resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size)
     columns = resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size)
     if mirrored is not None:
-        columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
-    return rows[:, None] @ images @ columns[:, None].transpose(2, 3)
+        columns = torch.where(mirrored.to(images.device)[:, None, None], columns.flip(1), columns)
+    return rows[:, None] @ to_float(images) @ columns[:, None].transpose(2, 3)
 
 
-def random_resized_crop(
-    images: Images, size: int, scale: tuple[float, float], flip: float, generator: torch.Generator
+def _one_by_one(
+    images: UInt8[Tensor, "batch channels height width"],
+    boxes: Float[Tensor, "batch 4"],
+    size: int,
+    mirrored: Bool[Tensor, " batch"] | None,
 ) -> Squares:
-    """Random crop, resize and mirror of each image."""
-    count, _, height, width = images.shape
-    boxes = random_boxes(count, height, width, scale, generator)
-    mirrored = uniform(count, 0, 1, generator) < flip
-    return crop_and_resize(images, boxes, size, mirrored)
+    resized = images.new_empty(len(images), images.shape[1], size, size)
+    flips = [False] * len(images) if mirrored is None else mirrored.tolist()
+    for row, ((top, left, height, width), flip) in enumerate(zip(boxes.int().tolist(), flips, strict=True)):
+        box = images[row : row + 1, :, top : top + height, left : left + width]
+        # The layout that torch's code for bytes is fastest on.
+        box = box.contiguous(memory_format=torch.channels_last)
+        view = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
+        resized[row] = view.flip(2) if flip else view
+    return to_float(resized)

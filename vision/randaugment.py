@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from contrastive_mm.vision.colour import (
@@ -16,11 +17,12 @@ from contrastive_mm.vision.colour import (
     adjust_saturation,
     adjust_sharpness,
     autocontrast,
+    by_strength,
     equalise,
     posterise,
     solarise,
 )
-from contrastive_mm.vision.draws import Images
+from contrastive_mm.vision.draws import Images, change_some_
 
 LARGEST_MAGNITUDE = 30
 """Strengths have 31 steps, as in torchvision; the paper has 30."""
@@ -109,21 +111,19 @@ UNSIGNED: dict[str, Callable[[Images, Tensor], Images]] = {
 OPERATIONS = {**SIGNED, **UNSIGNED}
 
 
-def rand_augment(images: Images, operations: int, magnitude: int, generator: torch.Generator) -> Images:
-    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719): some operations in turn, all of one strength.
+def rand_augment_(
+    images: Images, operations: Int[Tensor, "batch turns"], signs: Float[Tensor, "batch turns"], magnitude: int
+) -> None:
+    """RandAugment (Cubuk et al. 2020, arXiv 1909.13719) in place: some operations in turn, all of one strength.
 
     Args:
         images: (B, 3, H, W) in 0..1.
-        operations: N, how many operations an image goes through, each drawn from ``OPERATIONS``.
+        operations: (B, N) numbers of ``OPERATIONS``, on the CPU.
+        signs: (B, N) their directions, 1 or -1, on the CPU.
         magnitude: M, 0 to 30.
-        generator: random source on the images' device.
     """
-    count, share = len(images), magnitude / LARGEST_MAGNITUDE
-    for _ in range(operations):
-        drawn = torch.randint(len(OPERATIONS), (count,), generator=generator, device=images.device)
-        sign = torch.randint(2, (count,), generator=generator, device=images.device) * 2.0 - 1
+    share = magnitude / LARGEST_MAGNITUDE
+    for turn in range(operations.shape[1]):
         for number, change in enumerate(OPERATIONS.values()):
-            rows = (drawn == number).nonzero().flatten()
-            if len(rows):
-                images = images.index_copy(0, rows, change(images[rows], share * sign[rows]))
-    return images
+            strengths = share * signs[:, turn]
+            change_some_(images, operations[:, turn] == number, partial(by_strength, change, strengths))

@@ -5,7 +5,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, plain_view
-from contrastive_mm.vision.blur import blur_matrix
+from contrastive_mm.vision.blur import blur
 from contrastive_mm.vision.colour import (
     adjust_brightness,
     adjust_contrast,
@@ -18,7 +18,8 @@ from contrastive_mm.vision.colour import (
     solarise,
     to_grey,
 )
-from contrastive_mm.vision.crops import crop_and_resize, random_boxes
+from contrastive_mm.vision.crops import crop_and_resize
+from contrastive_mm.vision.draws import random_boxes
 
 
 def pictures(count=4, height=40, width=52, seed=0):
@@ -35,17 +36,20 @@ def test_crop_and_resize_is_pils_to_one_grey_level(box, size):
     images = pictures()
     boxes = torch.tensor([box] * len(images)).float()
     mine = crop_and_resize(images.float() / 255, boxes, size)
-    for picture, got in zip(images, mine, strict=True):
+    of_bytes = crop_and_resize(images, boxes, size)
+    for picture, *both in zip(images, mine, of_bytes, strict=True):
         pil = TF.resized_crop(TF.to_pil_image(picture), *box, [size, size], InterpolationMode.BILINEAR)
         # PIL rounds to whole grey levels after each of its two passes.
-        assert float((TF.to_tensor(pil) - got).abs().max()) <= 1.01 / 255
+        for got in both:
+            assert float((TF.to_tensor(pil) - got).abs().max()) <= 1.01 / 255
 
 
-def test_mirrored_rows_are_mirrored_and_others_are_not():
-    images = pictures(2).float() / 255
+@pytest.mark.parametrize("size", [16, 64])
+def test_mirrored_rows_are_mirrored_and_others_are_not(size):
+    images = pictures(2)
     boxes = torch.tensor([[2.0, 3.0, 30.0, 40.0]] * 2)
-    plain = crop_and_resize(images, boxes, 16)
-    mixed = crop_and_resize(images, boxes, 16, torch.tensor([True, False]))
+    plain = crop_and_resize(images, boxes, size)
+    mixed = crop_and_resize(images, boxes, size, torch.tensor([True, False]))
     torch.testing.assert_close(mixed[0], plain[0].flip(2))
     torch.testing.assert_close(mixed[1], plain[1])
 
@@ -103,13 +107,14 @@ def test_grey_is_torchvisions():
     torch.testing.assert_close(to_grey(images), TF.rgb_to_grayscale(images), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_torchvisions(sigma):
-    images, radius = pictures().float() / 255, 3
-    rows = blur_matrix(torch.tensor([sigma]), 40, radius)[:, None]
-    columns = blur_matrix(torch.tensor([sigma]), 52, radius)[:, None]
-    expected = TF.gaussian_blur(images, [2 * radius + 1] * 2, [sigma] * 2)
-    torch.testing.assert_close(rows @ images @ columns.transpose(2, 3), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("radius", [1, 3, 11])
+@pytest.mark.parametrize("height", [12, 40, 96])
+def test_blur_is_torchvisions_with_a_width_for_each_image(height, radius):
+    images, sigmas = pictures(3, height, 52).float() / 255, [0.1, 0.7, 2.0]
+    expected = [
+        TF.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2) for image, sigma in zip(images, sigmas, strict=True)
+    ]
+    torch.testing.assert_close(blur(images, torch.tensor(sigmas), radius), torch.stack(expected), atol=1e-5, rtol=0)
 
 
 def test_boxes_are_distributed_as_torchvisions(generator):

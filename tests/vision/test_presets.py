@@ -10,7 +10,7 @@ from test_augment import pictures
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.methods import SimCLR, SupCon, SwAV, SwAVConfig
-from contrastive_mm.vision import PRESETS, ImageViewConfig, ImageViews, Preset, Recipe, SmallConvNet
+from contrastive_mm.vision import PRESETS, ImageViewConfig, ImageViews, Preset, Recipe, SmallConvNet, augment
 from contrastive_mm.vision.augment import normalise
 from contrastive_mm.vision.mixing import CutMix, Mixup, draw_shares
 from contrastive_mm.vision.presets import NORMALISATIONS
@@ -103,8 +103,9 @@ def test_normalisation_is_mean_and_deviation(name):
     mean, deviation = (torch.tensor(values)[:, None, None] for values in NORMALISATIONS[name])
     torch.testing.assert_close(normalise(images, name), (images - mean) / deviation)
     maker = ImageViews(40, ImageViewConfig(**OFF, normalisation=name))
-    plain = maker.plain(pictures())
-    torch.testing.assert_close(maker.augment(images), plain, msg="evaluation sees what training sees")
+    square = pictures(4, 40, 40)
+    view = maker.augment(square.float() / 255)
+    torch.testing.assert_close(view, maker.plain(square), msg="evaluation sees what training sees")
 
 
 def test_a_normalisation_of_three_channels_refuses_one():
@@ -248,3 +249,24 @@ def test_views_of_presets_and_mixes_go_on_from_a_saved_state(name):
     mine, theirs = first(batch), second(batch)
     assert all(torch.equal(a, b) for a, b in zip(mine.inputs, theirs.inputs, strict=True))
     assert torch.equal(mine.positives.partner, theirs.positives.partner)
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "swav-cifar"])
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_batch_in_parts_has_the_views_of_a_whole_one(name, size, monkeypatch):
+    batch, config = {"image": pictures(7, 72, 80)}, ImageViewConfig(name, rand_augment=1)
+    whole = ImageViews(size, config, seed=1)(batch)
+    monkeypatch.setattr(augment, "CACHED", 3 * 3 * size * size)
+    parts = ImageViews(size, config, seed=1)(batch)
+    for one, other in zip(whole.inputs, parts.inputs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_views_on_a_gpu_are_those_on_the_cpu(name):
+    images = pictures(16, 64, 64)
+    here, there = (ImageViews(32, ImageViewConfig(name), seed=1)({"image": x}) for x in (images, images.cuda()))
+    for one, other in zip(here.inputs, there.inputs, strict=True):
+        # TensorFloat32 products and fused additions round otherwise; a hue at a sector's border may jump.
+        assert float(((one - other.cpu()).abs() > 0.02).float().mean()) < 1e-3

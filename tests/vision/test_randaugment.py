@@ -11,7 +11,9 @@ from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
 from contrastive_mm.vision import randaugment
 from contrastive_mm.vision.augment import ImageViewConfig, ImageViews
-from contrastive_mm.vision.randaugment import OPERATIONS, rand_augment
+from contrastive_mm.vision.draws import draw_plan
+from contrastive_mm.vision.presets import Recipe
+from contrastive_mm.vision.randaugment import OPERATIONS, rand_augment_
 
 TORCHVISION = {
     "identity": "Identity",
@@ -40,6 +42,13 @@ def theirs(image, name, magnitude, sign):
     return _apply_op(image, TORCHVISION[name], strength, InterpolationMode.NEAREST, None)
 
 
+def rand_augment(images, turns, magnitude):
+    """Through the draws of a view; these images are smaller than any change of place."""
+    plan = draw_plan(Recipe(rand_augment=(turns, magnitude)), len(images), 2, 2, 14, torch.Generator().manual_seed(0))
+    rand_augment_(images, plan.operations % len(randaugment.OPERATIONS), plan.signs, magnitude)
+    return images
+
+
 def test_the_operations_are_torchvisions():
     assert set(TORCHVISION.values()) == set(RandAugment()._augmentation_space(31, (40, 52)))
     assert TORCHVISION.keys() == OPERATIONS.keys()
@@ -58,12 +67,12 @@ def test_each_operation_does_what_torchvisions_does(name, magnitude):
     assert float(wrong.float().mean()) < (0.02 if name in GEOMETRIC else 1e-9)
 
 
-def test_each_image_goes_through_operations_of_its_own_all_equally_often(monkeypatch, generator):
+def test_each_image_goes_through_operations_of_its_own_all_equally_often(monkeypatch):
     names = list(OPERATIONS)
     marked = {name: lambda x, s, n=number: x * 20 + n + 1 for number, name in enumerate(names)}
     monkeypatch.setattr(randaugment, "OPERATIONS", marked)
     images = torch.zeros(4200, 3, 2, 2)
-    drawn = rand_augment(images, 2, 9, generator)[:, 0, 0, 0].long()
+    drawn = rand_augment(images, 2, 9)[:, 0, 0, 0].long()
     first, second = drawn // 20 - 1, drawn % 20 - 1
     for turn in (first, second):
         counts = turn.bincount(minlength=14).float()
@@ -72,9 +81,9 @@ def test_each_image_goes_through_operations_of_its_own_all_equally_often(monkeyp
     assert abs(float(torch.corrcoef(torch.stack([first, second]).float())[0, 1])) < 0.1
 
 
-def test_signs_are_drawn_for_each_image(monkeypatch, generator):
+def test_signs_are_drawn_for_each_image(monkeypatch):
     monkeypatch.setattr(randaugment, "OPERATIONS", {"strength": lambda x, s: x * 0 + s[:, None, None, None]})
-    strengths = rand_augment(torch.zeros(1000, 3, 2, 2), 1, 15, generator)[:, 0, 0, 0]
+    strengths = rand_augment(torch.zeros(1000, 3, 2, 2), 1, 15)[:, 0, 0, 0]
     assert set(strengths.tolist()) == {0.5, -0.5}
     assert 0.4 < float((strengths > 0).float().mean()) < 0.6
 
