@@ -1,13 +1,16 @@
 """Published augmentations by name, multi-crop, mixed views, and augmentations of one's own."""
 
 import dataclasses
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 from test_augment import pictures
 
+from contrastive_mm.cli import main
 from contrastive_mm.errors import UserError
 from contrastive_mm.methods import SimCLR, SupCon, SwAV, SwAVConfig
 from contrastive_mm.vision import PRESETS, ImageViewConfig, ImageViews, Preset, Recipe, SmallConvNet, augment
@@ -152,6 +155,21 @@ def test_an_augmentation_of_ones_own_goes_by_name_and_as_a_value(monkeypatch):
     ]:
         with pytest.raises(UserError, match=problem):
             ImageViews(8, ImageViewConfig(name))
+
+
+def test_the_recipe_of_the_documentation_trains_from_the_command_line(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+    code = re.search(r"`microscope.py` holds\n\n```python\n(.*?)```", page, re.DOTALL).group(1)
+    (tmp_path / "microscope.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--augmentation=microscope:CELLS", "--data=digits", "--image-size=8", "--batch-size=32", "--steps=2"]
+    assert main(["vision", *flags, f"--output={tmp_path / 'run'}"]) == 0
+    views = ImageViews(24, ImageViewConfig("microscope:CELLS", crop_scale=1.0, flip=0.0, blur=0.0))
+    square = torch.zeros(64, 3, 24, 24, dtype=torch.uint8)
+    square[:, :, 0, 0] = 128
+    corners = views({"image": square}).inputs[0][:, 0, [0, 0, -1, -1], [0, -1, 0, -1]] > -0.9
+    assert corners.sum(1).tolist() == [1] * 64
+    assert bool(corners.any(0).all()), "all four turns"
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
