@@ -49,7 +49,7 @@ class FrozenFeatures:
 
     Args:
         domain: the images, split.
-        encoders: representations by name; None stands for raw pixels.
+        encoders: representations by name, that of the run last; None stands for raw pixels.
         device: where protocols calculate.
         seed: of all random choices.
     """
@@ -147,8 +147,7 @@ def score_linear(features: FrozenFeatures) -> Result:
         scores[name] = {"linear_accuracy": float(right.mean())}
         per_class[name] = [float(right[labels == number].mean()) for number in classes]
     result = {"scores": scores, "strength": features.strengths, "classes": classes, "per_class": per_class}
-    # `predicted` is now that of the last representation, the trained encoder.
-    return result | _confusion(predicted, labels)
+    return result | _confusion(predicted, labels)  # of the last representation, the run's encoder
 
 
 def _confusion(predicted: Tensor, labels: Tensor) -> Result:
@@ -183,7 +182,9 @@ def score_few_labels(features: FrozenFeatures) -> Result:
         for name, by in draws.items()
     }
     spread = {
-        name: {f"few_label_accuracy_{percent}_percent": float(np.std(values, ddof=1)) for percent, values in by.items()}
+        name: {
+            f"few_label_accuracy_{percent}_percent": float(np.std(values, ddof=1)) for percent, values in by.items()
+        }
         for name, by in draws.items()
     }
     counts = {percent: len(draw[0]) for percent, draw in drawn.items()}

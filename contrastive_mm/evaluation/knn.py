@@ -14,7 +14,7 @@ MOST_NEIGHBOURS = 200
 
 
 def default_neighbours(train_labels: Int[Tensor, " train"]) -> int:
-    """k of the protocol: 200 (Wu et al. 2018), or half of the smallest class where that is less, at least 1.
+    """The protocol's k: 200 (Wu et al. 2018), or half of the smallest class where that is less, at least 1.
 
     Only classes that are there count: numbers may have gaps, where a class of the data set has no sample.
     """

@@ -47,8 +47,7 @@ def test_each_severity_does_more_than_the_one_before(images, kind, size):
     enlarged = images.repeat_interleave(size, 2).repeat_interleave(size, 3)
     assert (max(enlarged.shape[2:]) > 96) == (size == 7), "both sets of constants"
     distances = [
-        float((corrupt(enlarged, kind, severity).float() - enlarged.float()).square().mean())
-        for severity in range(6)
+        float((corrupt(enlarged, kind, severity).float() - enlarged.float()).square().mean()) for severity in range(6)
     ]
     if kind == "pixelate":  # a side of 12 divides 24 evenly, where 18 does not: only the ends are sure
         assert distances[0] == 0 < distances[1] < distances[5]
