@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -215,7 +216,7 @@ def _compute(features: FrozenFeatures, tasks: Mapping[str, Task], kept: KeptResu
     """Do what has not been done yet; each result is on the disk before the next task begins."""
     bar = progress(tasks.items(), desc="evaluate", unit="protocol")
     for name, task in bar:
-        bar.set_postfix_str(name)
+        bar.set_postfix_str(name, refresh=sys.stderr.isatty())  # a log would get a line for each
         settings = settings_of(name, features.seed)
         if kept.find(name, settings) is None:
             with torch.no_grad():

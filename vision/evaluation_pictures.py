@@ -98,7 +98,7 @@ def confusion_plot(table: Sequence[Sequence[int]], names: Sequence[str]) -> byte
 
 
 def few_label_plot(result: Mapping[str, Any], full: Mapping[str, float] | None) -> bytes:
-    """Accuracy over the number of labels, mean and each draw; a line a representation.
+    """Accuracy over the number of labels: the mean, and beside it each draw; a line a representation.
 
     Args:
         result: of the few-label protocol.
@@ -107,21 +107,21 @@ def few_label_plot(result: Mapping[str, Any], full: Mapping[str, float] | None) 
     figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     counts = list(result["labels"].values())
-    for colour, (name, draws) in zip(COLOURS, result["draws"].items(), strict=True):
+    for aside, (colour, (name, draws)) in enumerate(zip(COLOURS, result["draws"].items(), strict=True), start=1):
         means = [float(np.mean(values)) for values in draws.values()]
         places = counts
         if full is not None:
             places, means = [*counts, result["all_labels"]], [*means, full[name]]
-        axes.plot(places, means, marker="o", color=colour, label=plain(name))
+        axes.plot(places, means, marker="o", markersize=4, color=colour, label=plain(name))
         for count, values in zip(counts, draws.values(), strict=True):
-            axes.scatter([count] * len(values), values, s=10, color=colour, alpha=0.5, linewidths=0)
+            axes.scatter([count * 1.05**aside] * len(values), values, s=14, color=colour, alpha=0.6, linewidths=0)
     ticks = dict(zip(counts, (f"{count}\n({percent}%)" for percent, count in result["labels"].items()), strict=True))
     if full is not None:
         ticks[result["all_labels"]] = f"{result['all_labels']}\n(all)"
     axes.set_xscale("log")
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
-    axes.set(xlabel="labelled images", ylabel="accuracy", ylim=(0, 1.02))
+    axes.set(xlabel="labelled images", ylabel="accuracy")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     return png(figure)

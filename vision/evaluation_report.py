@@ -25,8 +25,8 @@ SHOWN_CLASSES = 8
 TITLES = {
     "knn_accuracy": "kNN accuracy (k = {neighbours}, T = 0.07)",
     "linear_accuracy": "linear probe accuracy",
-    "few_label_accuracy_1_percent": "few labels: 1% ({labels[1]})",
-    "few_label_accuracy_10_percent": "few labels: 10% ({labels[10]})",
+    "few_label_accuracy_1_percent": "few labels: 1% ({labels_1} labels)",
+    "few_label_accuracy_10_percent": "few labels: 10% ({labels_10} labels)",
     "mean_average_precision": "retrieval: mAP",
     "recall_at_1": "retrieval: recall@1",
     "recall_at_5": "retrieval: recall@5",
@@ -88,10 +88,11 @@ def table_rows(results: Mapping[str, Any], protocols: Sequence[str]) -> list[Row
 
 def _protocol_rows(result: Mapping[str, Any]) -> list[Row]:
     scores, spread = result["scores"], result.get("spread")
+    said = {**result, **{f"labels_{percent}": count for percent, count in result.get("labels", {}).items()}}
     return [
         Row(
             metric,
-            TITLES[metric].format(**result),
+            TITLES[metric].format(**said),
             {name: values[metric] for name, values in scores.items()},
             None if spread is None else {name: values[metric] for name, values in spread.items()},
         )

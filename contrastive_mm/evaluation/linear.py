@@ -17,6 +17,8 @@ CHUNK_ROWS = 1 << 16
 ITERATIONS = 300
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.2
+SMALLEST_SCALE = 0.1
+"""Of the median deviation: no dimension is divided by less."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,16 @@ def fit_linear_probe(
 def _standardisation(
     features: Float[Tensor, "samples dim"],
 ) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
-    """Mean and standard deviation of each dimension; 1 for one that never varies."""
-    mean = features.mean(0)
-    scale = features.std(0, correction=0)
-    constant = features.amax(0) == features.amin(0)
-    return mean, torch.where(constant, torch.ones_like(scale), scale)
+    """Mean and standard deviation of each dimension, the latter at least a tenth of the median of those that vary.
+
+    A pixel that is black in nearly every training image would else be blown up, and a little light or noise there
+    would outweigh the picture.
+    """
+    mean, scale = features.mean(0), features.std(0, correction=0)
+    varies = features.amax(0) > features.amin(0)
+    if not varies.any():
+        return mean, torch.ones_like(scale)
+    return mean, scale.clamp_min(SMALLEST_SCALE * float(scale[varies].median()))
 
 
 def choose_strength(
