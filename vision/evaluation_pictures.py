@@ -31,7 +31,7 @@ def corruption_plot(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> byte
         curves: by kind and representation, the accuracy at severities 0 to 5.
     """
     rows, columns = -(-len(curves) // COLUMNS), min(COLUMNS, len(curves))
-    figure = Figure(figsize=(1 + 3 * columns, 0.9 + 2.4 * rows), dpi=110, layout="constrained")
+    figure = Figure(figsize=(max(5.8, 1 + 3 * columns), 0.9 + 2.4 * rows), dpi=110, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, (kind, lines) in zip(panels, curves.items(), strict=False):
         for colour, (name, accuracy) in zip(COLOURS, lines.items(), strict=True):
@@ -41,6 +41,8 @@ def corruption_plot(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> byte
         axes.grid(alpha=0.3)
     for axes in panels[len(curves) :]:
         axes.set_axis_off()
+    for axes in panels[max(0, len(curves) - columns) : len(curves)]:
+        axes.tick_params(labelbottom=True)  # nothing stands below it that has the numbers
     figure.supxlabel("severity (0: clean)", fontsize=10)
     figure.supylabel("accuracy of the linear probe", fontsize=10)
     handles, names = panels[0].get_legend_handles_labels()
@@ -84,7 +86,7 @@ def confusion_plot(table: Sequence[Sequence[int]], names: Sequence[str]) -> byte
     axes = figure.add_subplot()
     shown = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     places, labels = range(len(names)), [_shortened(name) for name in names]
-    long = max(len(label) for label in labels) > 2
+    long = max(len(label) for label in labels) > 4
     axes.set_xticks(
         places, labels, rotation=60 if long else 0, ha="right" if long else "center", rotation_mode="anchor"
     )

@@ -15,7 +15,7 @@ from contrastive_mm.progress import progress
 
 CHUNK_ROWS = 1 << 16
 ITERATIONS = 300
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.2
 SMALLEST_SCALE = 0.1
 """Of the median deviation: no dimension is divided by less."""
@@ -81,7 +81,7 @@ def fit_linear_probe(
     weight = torch.zeros(len(classes), features.shape[1], device=features.device, requires_grad=True)
     bias = torch.zeros(len(classes), device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-5, tolerance_change=0.0, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=ITERATIONS, tolerance_grad=1e-4, tolerance_change=0.0, line_search_fn="strong_wolfe"
     )
 
     def objective() -> Tensor:

@@ -278,3 +278,15 @@ def test_a_run_of_another_domain_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_encoders", lambda *options: {})
     with pytest.raises(UserError, match="a run of nlp"):
         evaluate_images(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_short_training_on_digits_spreads_their_features(tmp_path, done):
+    """By far more than from seed to seed (0.05); accuracies need a longer training to stand out of their noise."""
+    run = tmp_path / "run"
+    recipe = ["--config=digits-simclr", "--image-size=8", "--steps=70", "--batch-size=64", f"--output={run}"]
+    assert main(["vision", *recipe]) == 0
+    rows = {row.metric: row.values for row in evaluate_images(run, only=("geometry",)).rows}
+    assert rows["uniformity"]["trained encoder"] < rows["uniformity"]["untrained encoder"] - 0.25
+    assert rows["effective_rank"]["trained encoder"] < rows["effective_rank"]["untrained encoder"] / 3
+    assert rows["alignment"]["raw input"] > 4 * rows["alignment"]["trained encoder"]
