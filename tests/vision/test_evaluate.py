@@ -116,9 +116,12 @@ def test_the_probe_meets_the_images_corrupted(raw, monkeypatch):
         return images if severity < 3 else images[:, [2, 0, 1]]
 
     monkeypatch.setattr("contrastive_mm.vision.protocols.corrupt", turn)
-    (curve,) = score_corruption(raw, "jpeg")["accuracy_by_severity"].values()
+    result = score_corruption(raw, "jpeg")
+    (curve,) = result["accuracy_by_severity"].values()
     assert curve[:3] == pytest.approx([0.6] * 3)
     assert max(curve[3:]) < 0.6
+    assert result["scores"]["raw input"]["jpeg_accuracy"] == pytest.approx(sum(curve[1:]) / 5)
+    assert sum(curve[1:]) / 5 < sum(curve) / 6 - 0.01, "or this would say nothing of the clean images"
 
 
 def test_the_command_prints_a_table_and_keeps_every_result(run, tmp_path, capsys):
