@@ -117,13 +117,14 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
-def _plain(label: str) -> str:
+def plain(label: str) -> str:
     """A label as matplotlib shows it and nothing more: no mathematics between dollars, and no hidden underscore."""
     escaped = label.replace("$", r"\$")
     return f"\u200b{escaped}" if escaped.startswith("_") else escaped
@@ -134,11 +135,11 @@ def loss_plot(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
     figure = Figure(figsize=(8, 3.2), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for name, lines in curves.items():
-        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=_plain(name))
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=plain(name))
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def map_plot(before: Embeddings, after: Embeddings) -> bytes:
@@ -154,7 +155,7 @@ def map_plot(before: Embeddings, after: Embeddings) -> bytes:
         points = _two_dimensions(embeddings.features[rows].numpy())
         axes.set(title=title, xticks=[], yticks=[])
         _scatter(figure, axes, points, _at(after.labels, rows), last=axes is panels[-1])
-    return _png(figure)
+    return png(figure)
 
 
 def _at(labels: list[str] | list[float] | None, rows: NDArray[Any]) -> list[Any] | None:
@@ -194,7 +195,7 @@ def _scatter(figure: Figure, axes: Any, points: NDArray[Any], labels: list[Any] 
                 points[members, 1],
                 s=12,
                 color=colours(number),
-                label=_plain(name) if last else None,
+                label=plain(name) if last else None,
             )
         if last:
             figure.legend(loc="outside right upper", frameon=False, fontsize=8)

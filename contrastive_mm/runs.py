@@ -19,6 +19,7 @@ from contrastive_mm.checkpoint import load_encoder, write_atomically
 from contrastive_mm.configuration import CONFIG_FILE, RunConfig, load_run_config
 from contrastive_mm.domain import Domain, Embeddings, load_domain
 from contrastive_mm.errors import UserError
+from contrastive_mm.evaluation import read_results
 from contrastive_mm.methods import get_method
 from contrastive_mm.metrics import read_metrics
 from contrastive_mm.report import Page, loss_plot, map_plot, neighbour_table, score_table
@@ -157,8 +158,9 @@ def evaluate_run(run: Path, data: str | None = None) -> dict[str, dict[str, floa
     scores = {name: domain.evaluate(encoder) for name, encoder in encoders.items()}
     lines = read_metrics(run / METRICS_FILE)
     result = {"data": config.domain_options.data, "step": lines[-1]["step"] if lines else None, "scores": scores}
-    text = json.dumps(result, indent=2)
     evaluation, report = evaluation_files(run, data)
+    # A domain's own evaluation keeps what took it long in the same file.
+    text = json.dumps(read_results(evaluation) | result, indent=2)
     write_atomically(evaluation, lambda temporary: _write(temporary, text + "\n"))
     page = Page(f"{config.method} on {config.domain_options.data}")
     page.add_table("Scores", *score_table(scores))

@@ -14,6 +14,7 @@ from contrastive_mm.batches import ShuffledBatches
 from contrastive_mm.domain import Embeddings
 from contrastive_mm.errors import UserError
 from contrastive_mm.evaluation import (
+    default_neighbours,
     effective_rank,
     extract_features,
     few_label_accuracy,
@@ -22,6 +23,7 @@ from contrastive_mm.evaluation import (
     split_rows,
     uniformity,
 )
+from contrastive_mm.progress import progress
 from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, plain_view
 from contrastive_mm.vision.encoders import build_image_encoder
 from contrastive_mm.vision.images import ImageSet, ImageSource
@@ -30,7 +32,6 @@ from contrastive_mm.vision.sources import find_images
 EVALUATION_BATCH = 256
 PROBE_ROWS = 10_000
 FEW_LABELS = (1, 5, 10)
-MOST_NEIGHBOURS = 200
 RAW_SIDE = 32
 LARGEST_NATIVE = 96
 
@@ -69,6 +70,7 @@ class ImageDomain:
 
     config_class: ClassVar[type[VisionConfig]] = VisionConfig
     default_method: ClassVar[str] = "simclr"
+    commands: ClassVar[dict[str, str]] = {"evaluate": "contrastive_mm.vision.evaluate:evaluate"}
 
     def __init__(self, config: VisionConfig, seed: int, saved: Path | None = None) -> None:
         self.seed = seed
@@ -120,8 +122,7 @@ class ImageDomain:
             for n in FEW_LABELS
             if n <= smallest
         }
-        neighbours = min(MOST_NEIGHBOURS, max(1, smallest // 2))
-        scores["knn_accuracy"] = knn_accuracy(train, train_y, test, test_y, neighbours)
+        scores["knn_accuracy"] = knn_accuracy(train, train_y, test, test_y, default_neighbours(train_y))
         few = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:PROBE_ROWS]
         scores["linear_probe_accuracy"] = linear_probe_accuracy(train[few], train_y[few], test, test_y)
         return scores
@@ -142,13 +143,18 @@ class ImageDomain:
     def save(self, folder: Path) -> None:
         """Nothing beyond the options is needed."""
 
-    def _features(self, encoder: nn.Module | None, rows: Tensor) -> Tensor:
-        chunks = rows.split(EVALUATION_BATCH)
+    def represent(self, encoder: nn.Module | None, images: Tensor) -> Tensor:
+        """Features (B, D) of images (B, 3, S, S) as ``images.read`` gives them; raw pixels for None.
+
+        Raw pixels are those of the image at a side of at most 32.
+        """
         if encoder is None:
-            side = min(self.image_size, RAW_SIDE)
-            return torch.cat([plain_view(self.images.read(chunk), side).flatten(1) for chunk in chunks])
-        plain = (self.make_views.plain(self.images.read(chunk)) for chunk in chunks)
-        return extract_features(encoder, plain)
+            return plain_view(images, min(self.image_size, RAW_SIDE)).flatten(1)
+        return extract_features(encoder, [self.make_views.plain(images)])
+
+    def _features(self, encoder: nn.Module | None, rows: Tensor) -> Tensor:
+        chunks = progress(rows.split(EVALUATION_BATCH), desc="encode", unit="batch")
+        return torch.cat([self.represent(encoder, self.images.read(chunk)) for chunk in chunks])
 
 
 class _Thumbnails(Sequence[Any]):

@@ -10,6 +10,58 @@ from torch import Tensor
 from contrastive_mm.errors import UserError
 
 CHUNK_ROWS = 1024
+MOST_NEIGHBOURS = 200
+
+
+def default_neighbours(train_labels: Int[Tensor, " train"]) -> int:
+    """The protocol's k: 200 (Wu et al. 2018), or half of the smallest class where that is less, at least 1.
+
+    Only classes that are there count: numbers may have gaps, where a class of the data set has no sample.
+    """
+    smallest = int(train_labels.unique(return_counts=True)[1].min())
+    return min(MOST_NEIGHBOURS, max(1, smallest // 2))
+
+
+def knn_predict(
+    train_features: Float[Tensor, "train dim"],
+    train_labels: Int[Tensor, " train"],
+    test_features: Float[Tensor, "test dim"],
+    neighbours: int = MOST_NEIGHBOURS,
+    temperature: float = 0.07,
+) -> Int[Tensor, " test"]:
+    """Classes by weighted kNN (Wu et al. 2018, section 3.4): votes weigh exp(cosine / temperature).
+
+    Exact, on the device that the features are on, in chunks of 1,024 test rows.
+
+    Args:
+        train_features: features that vote.
+        train_labels: their classes, 0..C-1.
+        test_features: features to classify.
+        neighbours: k; at most the number of training rows are used.
+        temperature: of the votes' weights.
+
+    Returns:
+        A class for each test row, on the features' device.
+
+    Raises:
+        UserError: there are no training or no test rows.
+    """
+    if len(train_features) == 0 or len(test_features) == 0:
+        raise UserError(
+            f"Nearest neighbours need training and test rows, but there are {len(train_features)} and "
+            f"{len(test_features)}."
+        )
+    bank, labels = F.normalize(train_features, dim=1), train_labels.long().to(train_features.device)
+    classes, k = int(labels.max()) + 1, min(neighbours, len(bank))
+    predicted = []
+    # In chunks: the full similarity matrix of a large test set would not fit.
+    for rows in test_features.split(CHUNK_ROWS):
+        similarity, index = (F.normalize(rows, dim=1) @ bank.T).topk(k, dim=1)
+        # Weights relative to the nearest neighbour's: the same order, and no overflow at a low temperature.
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = torch.zeros(len(rows), classes, device=rows.device, dtype=weight.dtype)
+        predicted.append(votes.scatter_add_(1, labels[index], weight).argmax(dim=1))
+    return torch.cat(predicted)
 
 
 def knn_accuracy(
@@ -17,10 +69,10 @@ def knn_accuracy(
     train_labels: Int[Tensor, " train"],
     test_features: Float[Tensor, "test dim"],
     test_labels: Int[Tensor, " test"],
-    neighbours: int = 200,
+    neighbours: int = MOST_NEIGHBOURS,
     temperature: float = 0.07,
 ) -> float:
-    """Accuracy of weighted kNN (Wu et al. 2018, section 3.4): votes weigh exp(cosine / temperature).
+    """Accuracy of ``knn_predict``.
 
     Args:
         train_features: features that vote.
@@ -36,19 +88,5 @@ def knn_accuracy(
     Raises:
         UserError: there are no training or no test rows.
     """
-    if len(train_features) == 0 or len(test_features) == 0:
-        raise UserError(
-            f"Nearest neighbours need training and test rows, but there are {len(train_features)} and "
-            f"{len(test_features)}."
-        )
-    classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
-    bank = F.normalize(train_features, dim=1)
-    k = min(neighbours, len(bank))
-    right = 0
-    # In chunks: the full similarity matrix of a large test set would not fit.
-    for rows, labels in zip(test_features.split(CHUNK_ROWS), test_labels.split(CHUNK_ROWS), strict=True):
-        similarity, index = (F.normalize(rows, dim=1) @ bank.T).topk(k, dim=1)
-        votes = torch.zeros(len(rows), classes)
-        votes.scatter_add_(1, train_labels[index].long(), (similarity / temperature).exp())
-        right += int((votes.argmax(dim=1) == labels).sum())
-    return right / len(test_features)
+    predicted = knn_predict(train_features, train_labels, test_features, neighbours, temperature)
+    return float((predicted == test_labels.to(predicted.device)).double().mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -92,6 +93,41 @@ def few_label_accuracy(
         model = _fit_logistic(((train_features[drawn] - mean) / scale).numpy(), train_labels[drawn].numpy())
         scores.append(model.score(((test_features - mean) / scale).numpy(), test_labels.numpy()))
     return float(np.mean(scores))
+
+
+def draw_share(
+    labels: Int[Tensor, " samples"], share: float, draws: int, seed: int = 0
+) -> list[Int[Tensor, " drawn"]]:
+    """Random rows that keep their labels, the same share of each class, at least one row of each.
+
+    Args:
+        labels: classes of the rows to draw from.
+        share: 0 to 1; a class of n rows keeps ``share * n``, rounded half up.
+        draws: how many times to draw.
+        seed: of the draws; the same seed draws the same rows, so encoders that are compared are paired.
+
+    Returns:
+        The numbers of the rows of each draw, in ascending order.
+
+    Raises:
+        UserError: a share outside of (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise UserError(f"A share of {share} of the labels; it must lie in (0, 1].")
+    generator = torch.Generator().manual_seed(seed)
+    members = [torch.nonzero(labels.cpu() == label).flatten() for label in labels.cpu().unique()]
+    counts = [max(1, math.floor(share * len(rows) + 0.5)) for rows in members]
+    return [
+        torch.cat(
+            [
+                rows[torch.randperm(len(rows), generator=generator)[:count]]
+                for rows, count in zip(members, counts, strict=True)
+            ]
+        )
+        .sort()
+        .values
+        for _ in range(draws)
+    ]
 
 
 def ridge_r2(
