@@ -11,7 +11,6 @@ from torch import nn
 from contrastive_mm.errors import UserError
 from contrastive_mm.vision.backbones import Features, ImageEncoder, Images, Maps, coarsest, run_stages
 from contrastive_mm.vision.libraries import (
-    SMALL_IMAGE,
     TIMM_MISSING,
     find_timm,
     require_timm,
@@ -21,6 +20,9 @@ from contrastive_mm.vision.libraries import (
 )
 from contrastive_mm.vision.resnets import SIMCLR_RESNETS, simclr_resnet
 from contrastive_mm.vision.transformers import MOCO_V3, freeze_patch_projection, moco_v3_transformer
+
+SMALL_IMAGE = 64
+"""Up to this side, ResNets get the small stem: a 3x3 convolution and no pooling (SimCLR, appendix B.9)."""
 
 OWN_ENCODERS = ["small-conv", *SIMCLR_RESNETS, *MOCO_V3]
 """Encoders of this package, always with random weights."""
@@ -68,7 +70,11 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 def build_image_encoder(
-    name: str, image_size: int, pretrained: bool = False, freeze_patches: bool = False
+    name: str,
+    image_size: int,
+    pretrained: bool = False,
+    freeze_patches: bool = False,
+    small_stem: bool | None = None,
 ) -> ImageEncoder:
     """A new image encoder.
 
@@ -77,22 +83,26 @@ def build_image_encoder(
             torchvision classification model such as ``resnet18`` or ``vit_b_16``; or a timm model such as
             ``vit_small_patch16_224``. ``timm/`` or ``torchvision/`` before it says which library's is meant; of a
             name that both have, torchvision's.
-        image_size: side of the views in pixels; ResNets with random weights get the small stem up to 64.
+        image_size: side of the views in pixels.
         pretrained: take the library's default weights, and the stem that they were trained with. They were trained on
             images normalised by ImageNet's mean and deviation in most cases; ``model.pretrained_cfg`` (timm) and
             ``get_model_weights`` (torchvision) tell.
         freeze_patches: keep a vision transformer's patch projection as it is (``freeze_patch_projection``).
+        small_stem: give a ResNet a 3x3 convolution without pooling for its stem; None does so up to 64 px, unless
+            its weights are pretrained. It makes no difference to other encoders.
 
     Raises:
         UserError: no such encoder (the message offers the nearest name), no weights of it, a download that failed,
             an image size that it can't take, or a patch projection to freeze where there is none.
     """
+    if small_stem is None:
+        small_stem = image_size <= SMALL_IMAGE and not pretrained
     if name in OWN_ENCODERS:
-        encoder = _own_encoder(name, image_size, pretrained)
+        encoder = _own_encoder(name, image_size, pretrained, small_stem)
     else:
         library, model = find_library(name)
         build = timm_encoder if library == TIMM else torchvision_encoder
-        encoder = build(model, image_size, pretrained)
+        encoder = build(model, image_size, pretrained, small_stem)
     if freeze_patches:
         freeze_patch_projection(encoder, name)
     return encoder
@@ -130,15 +140,15 @@ def _unknown_encoder(name: str, timm: Any) -> UserError:
     more = "" if timm is not None else f" timm's models need one more package: {TIMM_MISSING}"
     return UserError(
         f"Unknown encoder {name!r}.{guess} Known: small-conv, SimCLR v2's ResNets (resnet50-2x-sk), MoCo v3's vision "
-        f"transformers (vit-small-moco-v3), torchvision's models (resnet18), timm's (timm/vit_small_patch16_224).{more}"
+        f"transformers (vit-small-moco-v3), torchvision's models (resnet18), timm's (timm/resnet50).{more}"
     )
 
 
-def _own_encoder(name: str, image_size: int, pretrained: bool) -> ImageEncoder:
+def _own_encoder(name: str, image_size: int, pretrained: bool, small_stem: bool) -> ImageEncoder:
     if pretrained:
         raise UserError(f"There are no pretrained weights of {name!r}. Leave out --pretrained, or choose another.")
     if name == "small-conv":
         return SmallConvNet()
     if name in MOCO_V3:
         return moco_v3_transformer(name, image_size)
-    return simclr_resnet(name, small_stem=image_size <= SMALL_IMAGE)
+    return simclr_resnet(name, small_stem)

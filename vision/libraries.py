@@ -23,9 +23,6 @@ from contrastive_mm.vision.backbones import (
 )
 from contrastive_mm.vision.transformers import VisionTransformerEncoder, check_patches, resize_positions
 
-SMALL_IMAGE = 64
-"""Up to this side, ResNets get the small stem: a 3x3 convolution and no pooling (SimCLR, appendix B.9)."""
-
 TIMM_MISSING = 'pip install "contrastive_mm[timm]".'
 
 
@@ -166,7 +163,7 @@ def require_timm() -> Any:
     return timm
 
 
-def torchvision_encoder(name: str, image_size: int, pretrained: bool) -> ImageEncoder:
+def torchvision_encoder(name: str, image_size: int, pretrained: bool, small_stem: bool) -> ImageEncoder:
     """A torchvision classification model as an encoder; see ``build_image_encoder``."""
     if name.startswith("vit_"):
         check_patches(name, image_size, int(name.rpartition("_")[2]))
@@ -179,8 +176,8 @@ def torchvision_encoder(name: str, image_size: int, pretrained: bool) -> ImageEn
     if isinstance(model, VisionTransformer):
         resize_positions(model, image_size)
         return VisionTransformerEncoder(model)
-    if isinstance(model, torchvision.models.ResNet) and image_size <= SMALL_IMAGE and not pretrained:
-        use_small_stem(model, model.bn1.num_features)
+    if isinstance(model, torchvision.models.ResNet) and small_stem:
+        use_small_stem(model)
     encoder = HeadlessModel(model, name, image_size if name.startswith("maxvit") else None)
     with refuse_size(name, image_size):
         run_on_meta(encoder, image_size)
@@ -198,7 +195,7 @@ def _size(name: str, image_size: int) -> dict[str, Any]:
     return {"input_size": (image_size, image_size)} if name.startswith("maxvit") else {}
 
 
-def timm_encoder(name: str, image_size: int, pretrained: bool) -> ImageEncoder:
+def timm_encoder(name: str, image_size: int, pretrained: bool, small_stem: bool) -> ImageEncoder:
     """A timm model as an encoder; see ``build_image_encoder``."""
     timm = require_timm()
     fixed = bool(timm.get_pretrained_cfg(name).fixed_input_size)
@@ -206,8 +203,8 @@ def timm_encoder(name: str, image_size: int, pretrained: bool) -> ImageEncoder:
     # With dynamic_img_size a vision transformer also takes small crops; not every architecture knows either option.
     attempts: list[dict[str, Any]] = [{**size, "dynamic_img_size": True}, size, {}] if fixed else [{}]
     model = _first_accepted(lambda **options: _create(timm, name, image_size, pretrained, options), attempts)
-    if isinstance(model, timm.models.ResNet) and image_size <= SMALL_IMAGE and not pretrained:
-        use_small_stem(model, model.bn1.num_features)
+    if isinstance(model, timm.models.ResNet) and small_stem:
+        use_small_stem(model)
     return TimmEncoder(model, name, image_size, fixed)
 
 
@@ -243,13 +240,12 @@ def _with_weights(name: str, create: Callable[[], nn.Module]) -> nn.Module:
         ) from error
 
 
-def use_small_stem(model: Any, channels: int) -> None:
-    """Put a 3x3 convolution and no pooling in the place of a ResNet's stem, for images of up to 64 px.
+def use_small_stem(model: Any) -> None:
+    """Put a 3x3 convolution and no pooling in the place of a ResNet's stem.
 
     Args:
         model: a ResNet of torchvision or timm; changed in place.
-        channels: what its stem gives.
     """
-    model.conv1 = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+    model.conv1 = nn.Conv2d(3, model.bn1.num_features, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()

@@ -65,7 +65,8 @@ class VisionTransformerEncoder(ImageEncoder):
     def _tokens(self, images: Tensor) -> Tensor:
         patches = self.model.conv_proj(images)
         positions = resized_positions(self.model.encoder.pos_embedding, patches.shape[2], patches.shape[3])
-        class_token = self.model.class_token.expand(len(images), -1, -1)
+        # The shape, not len(): a traced graph must keep the batch's size open.
+        class_token = self.model.class_token.expand(images.shape[0], -1, -1)
         tokens = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1) + positions
         encoder = self.model.encoder
         return encoder.ln(encoder.layers(encoder.dropout(tokens)))
