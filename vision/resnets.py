@@ -25,7 +25,7 @@ SIMCLR_RESNETS = [
 ]
 """The names of SimCLR v2's ResNets."""
 
-BatchMaps = Float[Tensor, "batch channels height width"]
+BatchMaps = Float[Tensor, "batch _ _ _"]
 
 
 class SimCLRResNet(ImageEncoder):
