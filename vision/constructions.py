@@ -163,6 +163,7 @@ def _transformer(library: Library, model: VisionTransformer) -> Construction | N
         "num_classes": 0,
         "img_size": model.image_size,
         "patch_size": model.patch_size,
+        "depth": layers,
         "num_heads": heads,
     }
     return Construction("timm.create_model", arguments, renames=TIMM_NAMES)

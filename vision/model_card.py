@@ -59,8 +59,9 @@ def hub_config(
 
 def input_scaling() -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel by which images in 0..1 are scaled before they reach the encoder."""
-    black = plain_view(torch.zeros(1, 3, 4, 4), 4)[0, :, 0, 0]
-    white = plain_view(torch.ones(1, 3, 4, 4), 4)[0, :, 0, 0]
+    black, white = (
+        plain_view(torch.full((1, 3, 4, 4), level, dtype=torch.uint8), 4)[0, :, 0, 0] for level in (0, 255)
+    )
     deviation = 1 / (white - black)
     return (-black * deviation).tolist(), deviation.tolist()
 
@@ -75,13 +76,11 @@ def model_card(config: Mapping[str, Any], options: Mapping[str, Any], scores: Ma
     """
     own = config[OWN_PART]
     by_timm = "architecture" in config
+    labels = "with" if own["method"] == "supcon" else "without"
     parts = [
         _front_matter(by_timm),
         f"# {own['encoder']} by {own['method']}\n",
-        f"An image encoder trained without labels by contrastive_mm: images of {own['image_size']} x "
-        f"{own['image_size']} px to {own['feature_dim']} features.\n"
-        if options.get("method") != "supcon"
-        else f"An image encoder trained with labels (SupCon) by contrastive_mm: images of {own['image_size']} x "
+        f"An image encoder trained {labels} labels by contrastive_mm: images of {own['image_size']} x "
         f"{own['image_size']} px to {own['feature_dim']} features.\n",
         _training(options),
         _scores(scores, bool(options.get("pretrained"))),
