@@ -235,7 +235,7 @@ def _with_weights(name: str, create: Callable[[], nn.Module]) -> nn.Module:
         raise
     except Exception as error:  # each hub raises errors of its own HTTP library
         raise UserError(
-            f"The pretrained weights of {name!r} can't be had: {_reason(error)} Check the connection, or leave out "
+            f"The pretrained weights of {name!r} can't be had: {_reason(error).rstrip('.')}. Check the connection, or leave out "
             "--pretrained to train from scratch."
         ) from error
 
