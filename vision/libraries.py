@@ -234,8 +234,9 @@ def _with_weights(name: str, create: Callable[[], nn.Module]) -> nn.Module:
     except TypeError:
         raise
     except Exception as error:  # each hub raises errors of its own HTTP library
+        reason = _reason(error).rstrip(".")
         raise UserError(
-            f"The pretrained weights of {name!r} can't be had: {_reason(error).rstrip('.')}. Check the connection, or leave out "
+            f"The pretrained weights of {name!r} can't be had: {reason}. Check the connection, or leave out "
             "--pretrained to train from scratch."
         ) from error
 

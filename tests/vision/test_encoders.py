@@ -190,7 +190,7 @@ def test_a_failed_download_is_one_clear_error(monkeypatch, name):
     monkeypatch.setattr(torchvision.models, "get_model", fail)
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(
-        UserError, match="weights of 'resnet18' can't be had: Name or service not known Check"
+        UserError, match=r"weights of 'resnet18' can't be had: Name or service not known\. Check"
     ) as error:
         build_image_encoder(name, 32, pretrained=True)
     assert "\n" not in str(error.value)
