@@ -45,7 +45,12 @@ class VisionConfig:
     column; digits, cifar10, cifar100, fashion-mnist, mnist, stl10, svhn (name:test takes another split); or
     hf:owner/name."""
     encoder: str = "small-conv"
-    """small-conv, or a torchvision model such as resnet18."""
+    """small-conv; a torchvision or timm model such as resnet18, vit_b_16 or timm/resnet50; resnet50-2x-sk and the
+    other ResNets of SimCLR v2; vit-small-moco-v3 and its kin. ResNets get a small stem up to 64 px."""
+    pretrained: bool = False
+    """Begin with torchvision's or timm's published weights, and the stem that they were trained with."""
+    freeze_patch_projection: bool = False
+    """Keep a vision transformer's patch projection as it begins (MoCo v3, section 4.2); vit-*-moco-v3 always do."""
     image_size: int | None = None
     """Side of the views in pixels; by default the first image's shorter side, or 224 where that is over 96."""
     batch_size: int = 256
@@ -70,7 +75,10 @@ class ImageDomain:
 
     config_class: ClassVar[type[VisionConfig]] = VisionConfig
     default_method: ClassVar[str] = "simclr"
-    commands: ClassVar[dict[str, str]] = {"evaluate": "contrastive_mm.vision.evaluate:evaluate"}
+    commands: ClassVar[dict[str, str]] = {
+        "evaluate": "contrastive_mm.vision.evaluate:evaluate",
+        "export": "contrastive_mm.vision.export:export",
+    }
 
     def __init__(self, config: VisionConfig, seed: int, saved: Path | None = None) -> None:
         self.seed = seed
@@ -83,10 +91,14 @@ class ImageDomain:
         self.labels, self.class_names = self.images.labels, source.class_names
         self.train_rows, self.validation_rows = split_rows(len(self.images), self.labels, config.validation_share)
         self.make_views = ImageViews(self.image_size, config.views, seed)
+        # What the encoder was trained to see is a part of what it is: also where a preset changes.
+        views = replace(config.views, normalisation=self.make_views.preset.normalisation)
+        self.config = replace(self.config, views=views)
 
     def build_encoder(self) -> nn.Module:
-        """The encoder named in the options, with random weights."""
-        return build_image_encoder(self.config.encoder, self.image_size)
+        """The encoder named in the options, with random or the library's pretrained weights."""
+        config = self.config
+        return build_image_encoder(config.encoder, self.image_size, config.pretrained, config.freeze_patch_projection)
 
     def train_batches(self) -> ShuffledBatches:
         """Batches of ``image`` (B, 3, S, S) uint8, ``index`` (B,) and, where there are labels, ``label`` (B,).

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-import torch
-import torchvision
-from jaxtyping import Float
-from torch import Tensor, nn
+import difflib
+from typing import Any
 
-from contrastive_mm.errors import UserError, unknown_name
+import torch
+from torch import nn
+
+from contrastive_mm.errors import UserError
+from contrastive_mm.vision.backbones import Features, ImageEncoder, Images, Maps, coarsest, run_stages
+from contrastive_mm.vision.libraries import (
+    TIMM_MISSING,
+    find_timm,
+    require_timm,
+    timm_encoder,
+    torchvision_encoder,
+    torchvision_names,
+)
+from contrastive_mm.vision.resnets import SIMCLR_RESNETS, simclr_resnet
+from contrastive_mm.vision.transformers import MOCO_V3, freeze_patch_projection, moco_v3_transformer
 
 SMALL_IMAGE = 64
 """Up to this side, ResNets get the small stem: a 3x3 convolution and no pooling (SimCLR, appendix B.9)."""
 
+OWN_ENCODERS = ["small-conv", *SIMCLR_RESNETS, *MOCO_V3]
+"""Encoders of this package, always with random weights."""
 
-class SmallConvNet(nn.Module):
+TIMM, TORCHVISION = "timm/", "torchvision/"
+
+
+class SmallConvNet(ImageEncoder):
     """Six convolutions for small images on a CPU, 0.6 million weights.
 
     Args:
@@ -37,9 +54,13 @@ class SmallConvNet(nn.Module):
         # Channels last is the layout in which CPUs and GPUs convolve fastest.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def forward(self, images: Images) -> Features:
         """Mean over the places of the last feature map."""
         return self.layers(images.contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
+
+    def feature_maps(self, images: Images) -> Maps:
+        """As ``ImageEncoder.feature_maps``, with the strides 1, 2 and 4; the last one's mean is the output."""
+        return coarsest(run_stages(self.layers, images.contiguous(memory_format=torch.channels_last)))
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -48,54 +69,86 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     )
 
 
-class HeadlessModel(nn.Module):
-    """A torchvision classifier without its last linear layer.
+def build_image_encoder(
+    name: str,
+    image_size: int,
+    pretrained: bool = False,
+    freeze_patches: bool = False,
+    small_stem: bool | None = None,
+) -> ImageEncoder:
+    """A new image encoder.
 
     Args:
-        model: the classifier; changed in place.
-        name: for the error.
-
-    Shapes:
-        (B, 3, H, W) -> (B, feature_dim).
-
-    Raises:
-        UserError: the model has no linear layer to take off.
-    """
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        super().__init__()
-        linear = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-        if not linear:
-            raise UserError(f"Encoder {name!r} has no linear classifier to take off; choose another, e.g. resnet18.")
-        path, layer = linear[-1]
-        parent, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, nn.Identity())
-        self.feature_dim = layer.in_features
-        self.model = model
-
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
-        """What the classifier's last layer would have read."""
-        return self.model(images)
-
-
-def build_image_encoder(name: str, image_size: int) -> nn.Module:
-    """A new image encoder with random weights.
-
-    Args:
-        name: ``small-conv``, or a torchvision classification model such as ``resnet18`` or ``vit_b_16``.
-        image_size: side of the views in pixels; ResNets get the small stem up to 64.
+        name: ``small-conv``; a ResNet of SimCLR v2 such as ``resnet50-2x-sk``; ``vit-small-moco-v3`` and its kin; a
+            torchvision classification model such as ``resnet18`` or ``vit_b_16``; or a timm model such as
+            ``vit_small_patch16_224``. ``timm/`` or ``torchvision/`` before it says which library's is meant; of a
+            name that both have, torchvision's.
+        image_size: side of the views in pixels.
+        pretrained: take the library's default weights, and the stem that they were trained with. They were trained on
+            images normalised by ImageNet's mean and deviation in most cases; ``model.pretrained_cfg`` (timm) and
+            ``get_model_weights`` (torchvision) tell.
+        freeze_patches: keep a vision transformer's patch projection as it is (``freeze_patch_projection``).
+        small_stem: give a ResNet a 3x3 convolution without pooling for its stem; None does so up to 64 px, unless
+            its weights are pretrained. It makes no difference to other encoders.
 
     Raises:
-        UserError: no such encoder; the message offers the nearest name.
+        UserError: no such encoder (the message offers the nearest name), no weights of it, a download that failed,
+            an image size that it can't take, or a patch projection to freeze where there is none.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
+    if small_stem is None:
+        small_stem = image_size <= SMALL_IMAGE and not pretrained
+    if name in OWN_ENCODERS:
+        encoder = _own_encoder(name, image_size, pretrained, small_stem)
+    else:
+        library, model = find_library(name)
+        build = timm_encoder if library == TIMM else torchvision_encoder
+        encoder = build(model, image_size, pretrained, small_stem)
+    if freeze_patches:
+        freeze_patch_projection(encoder, name)
+    return encoder
+
+
+def find_library(name: str) -> tuple[str, str]:
+    """``TIMM`` or ``TORCHVISION``, whichever a name means, and what the model is called there.
+
+    Raises:
+        UserError: neither has such a model; the message offers the nearest name.
+    """
+    if name.removeprefix(TORCHVISION) in torchvision_names():
+        return TORCHVISION, name.removeprefix(TORCHVISION)
+    model = name.removeprefix(TIMM)
+    timm = require_timm() if name.startswith(TIMM) else find_timm()
+    if timm is not None and not name.startswith(TORCHVISION) and timm.is_model(model) and _has_tag(timm, model):
+        return TIMM, model
+    raise _unknown_encoder(name, timm)
+
+
+def _has_tag(timm: Any, model: str) -> bool:
+    """Whether the weights that a name asks for behind a dot, if any, exist."""
+    return "." not in model or timm.models.is_model_pretrained(model)
+
+
+def _unknown_encoder(name: str, timm: Any) -> UserError:
+    """An error that offers the nearest of far too many names to list."""
+    known = [*OWN_ENCODERS, *torchvision_names()]
+    if timm is not None:
+        tagged = timm.list_pretrained() if "." in name else []
+        prefix = TIMM if name.startswith(TIMM) else ""
+        known += [prefix + other for other in (*timm.list_models(), *tagged)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    more = "" if timm is not None else f" timm's models need one more package: {TIMM_MISSING}"
+    return UserError(
+        f"Unknown encoder {name!r}.{guess} Known: small-conv, SimCLR v2's ResNets (resnet50-2x-sk), MoCo v3's vision "
+        f"transformers (vit-small-moco-v3), torchvision's models (resnet18), timm's (timm/resnet50).{more}"
+    )
+
+
+def _own_encoder(name: str, image_size: int, pretrained: bool, small_stem: bool) -> ImageEncoder:
+    if pretrained:
+        raise UserError(f"There are no pretrained weights of {name!r}. Leave out --pretrained, or choose another.")
     if name == "small-conv":
         return SmallConvNet()
-    if name not in known:
-        raise unknown_name("encoder", name, ["small-conv", *known])
-    options = {"image_size": image_size} if name.startswith("vit_") else {}
-    model = torchvision.models.get_model(name, weights=None, **options)
-    if isinstance(model, torchvision.models.ResNet) and image_size <= SMALL_IMAGE:
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)
-        model.maxpool = nn.Identity()
-    return HeadlessModel(model, name)
+    if name in MOCO_V3:
+        return moco_v3_transformer(name, image_size)
+    return simclr_resnet(name, small_stem)
