@@ -17,6 +17,7 @@ from torch import Tensor
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.views import RandomStream, Views
+from contrastive_mm.vision.decoding import Crop, view_names
 
 Images = Float[Tensor, "batch channels height width"]
 Squares = Float[Tensor, "batch channels size size"]
@@ -57,7 +58,8 @@ class ImageViews:
     """Makes two augmented views of a batch of images.
 
     The batch maps ``"image"`` to (B, C, H, W), uint8 in 0..255 or float in 0..1; ``"index"`` (B,), where given,
-    becomes the sample ids and ``"label"`` (B,) the labels.
+    becomes the sample ids and ``"label"`` (B,) the labels. A loader that has cut the crops already (``crops``) gives
+    them as ``"view_0"``, ``"view_1"``, ... (B, C, S, S) in place of ``"image"``.
 
     Args:
         size: side of the square views, in pixels.
@@ -72,17 +74,30 @@ class ImageViews:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Views:
         """Two views of each image, normalised to about [-1, 1]."""
-        images = to_float(batch["image"])
+        whole = [batch[name] for name in view_names(self.crops)] if "image" not in batch else [batch["image"]] * 2
         return Views(
-            (self.augment(images), self.augment(images)),
+            tuple(self.augment(to_float(images), cropped="image" not in batch) for images in whole),
             sample_ids=batch.get("index"),
             labels=batch.get("label"),
         )
 
-    def augment(self, images: Images) -> Squares:
-        """One random view of each image: (B, C, H, W) in 0..1 to (B, C, size, size), normalised."""
+    @property
+    def crops(self) -> list[Crop]:
+        """The random crops that the views start from, for a loader that cuts them where it decodes."""
+        return [Crop(self.size, self.config.crop_scale)] * 2
+
+    def augment(self, images: Images, cropped: bool = False) -> Squares:
+        """One random view of each image: (B, C, H, W) in 0..1 to (B, C, size, size), normalised.
+
+        Args:
+            images: whole ones, or crops of the views' size.
+            cropped: which of both they are.
+        """
         config, generator = self.config, self.stream.on(images.device)
-        views = random_resized_crop(images, self.size, config.crop_scale, config.flip, generator)
+        if cropped:
+            views = _on_some(images, config.flip, generator, lambda x: x.flip(3))
+        else:
+            views = random_resized_crop(images, self.size, config.crop_scale, config.flip, generator)
         if images.shape[1] == 3:
             strength = config.jitter_strength
             views = _on_some(views, config.jitter, generator, lambda x: colour_jitter(x, strength, generator))
