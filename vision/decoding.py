@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torchvision.io  # noqa: F401 - registers torch.ops.image
 from jaxtyping import Float64, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg
 
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels."""
@@ -25,6 +25,8 @@ REDUCING_GAP = 2
 """A JPEG is decoded at a half, a quarter or an eighth of its size only where each crop keeps so many times the
 pixels a side that its view needs; it is the gap that Pillow names as close to full decoding (``reducing_gap``)."""
 ORIENTATION = 0x0112
+RGB = 3
+"""The value of ``torchvision.io.ImageReadMode.RGB``."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,23 @@ def _fast_pixels(image: Image.Image) -> UInt8[Tensor, "3 height width"] | None:
         return None
     file.seek(0)
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8), ImageReadMode.RGB)
-    except RuntimeError:  # Pillow then decides whether the image is broken, as everywhere else
+        return decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
+    except (RuntimeError, AttributeError):  # Pillow then decides whether the image is broken, as everywhere else
         file.seek(0)
         return None
+
+
+def decode_jpeg(content: UInt8[Tensor, " bytes"]) -> UInt8[Tensor, "3 height width"]:
+    """A JPEG's pixels, by the operator behind ``torchvision.io.decode_jpeg``.
+
+    torchvision 0.29 calls that function deprecated. Once the operator is gone, Pillow decodes what this did.
+
+    Raises:
+        RuntimeError: the JPEG is broken, or torchvision was built without the decoder.
+        AttributeError: torchvision has no such operator any more.
+    """
+    pixels: Tensor = torch.ops.image.decode_jpeg(content, RGB, False)
+    return pixels
 
 
 def _resized(pixels: UInt8[Tensor, "3 height width"], box: Box, size: int) -> UInt8[Tensor, "3 size size"]:

@@ -29,6 +29,8 @@ from contrastive_mm.vision.encoders import build_image_encoder
 from contrastive_mm.vision.images import ImageSet, ImageSource
 from contrastive_mm.vision.loader import CropBatches, CropWorkers
 from contrastive_mm.vision.sources import find_images
+from contrastive_mm.vision.stream_batches import StreamBatches
+from contrastive_mm.vision.streaming import STREAM, open_stream
 
 EVALUATION_BATCH = 256
 PROBE_ROWS = 10_000
@@ -47,7 +49,8 @@ class VisionConfig:
     data: str = ""
     """Folder of images (flat, or one folder a class), of Parquet, IDX or tar files; Parquet file with an image
     column; tar shards (train-{000..015}.tar); digits, cifar10, cifar100, fashion-mnist, mnist, stl10, svhn (name:test
-    takes another split); or hf:owner/name."""
+    takes another split); or hf:owner/name. stream: before hf:owner/name or tar shards reads them from front to back,
+    for so many --steps."""
     encoder: str = "small-conv"
     """small-conv, or a torchvision model such as resnet18."""
     image_size: int | None = None
@@ -114,6 +117,12 @@ class ImageDomain:
         ``view_0``, ``view_1``, ... (see ``CropBatches``). Where only some images have a label, none is given.
         """
         count, config = len(self.train_rows), self.config
+        if config.data.startswith(STREAM):
+            workers = CropWorkers(self.make_views.crops, config.workers)
+            stream = open_stream(config.data)
+            return StreamBatches(
+                stream, config.batch_size, workers, self.seed, config.prefetch, max_broken=config.max_broken
+            )
         if self.images.in_memory:
             return ShuffledBatches(count, config.batch_size, self._load, self.seed, prefetch=2)
         rows = self.train_rows.tolist()

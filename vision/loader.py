@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,11 +24,13 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.vision.decoding import DRAWS, Crop, decode_crops, view_names
 
 MOST_SUBSTITUTES = 1000
+CROP_STREAM = 1
+"""Which of a seed's random numbers make crops; what shuffles streams has its own."""
 
 
 def crop_draws(seed: int, epoch: int, batch: int, rows: int, views: int) -> Float64[np.ndarray, "rows views draws"]:
     """The random numbers behind a batch's crops: a function of its place, whoever decodes it and when."""
-    return np.random.default_rng([seed, epoch, batch]).random((rows, views, DRAWS))
+    return np.random.default_rng([seed, epoch, batch, CROP_STREAM]).random((rows, views, DRAWS))
 
 
 def single_threaded_pool(workers: int) -> ThreadPoolExecutor:
@@ -41,6 +44,7 @@ def single_threaded_pool(workers: int) -> ThreadPoolExecutor:
 
     def begin() -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes up the setting when it first asks, and keeps it
         begun.wait()
 
     pool = ThreadPoolExecutor(workers, "decode", begin)
@@ -175,9 +179,20 @@ class CropBatches(EpochBatches):
         return self._workers.start(chunk.tolist(), self._open_image, self.num_samples, draws, self._note_broken)
 
 
-def ahead(started: Iterator[PendingCrops], count: int) -> Iterator[PendingCrops]:
+class Cancellable(Protocol):
+    """What was started and may not be wanted any more."""
+
+    def cancel(self) -> None:
+        """Make no more of it."""
+        ...
+
+
+Started = TypeVar("Started", bound=Cancellable)
+
+
+def ahead(started: Iterator[Started], count: int) -> Iterator[Started]:
     """Hand on what was started, with ``count`` more of it started before; cancel the rest when nobody wants it."""
-    pending: deque[PendingCrops] = deque()
+    pending: deque[Started] = deque()
     try:
         for batch in started:
             pending.append(batch)

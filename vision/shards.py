@@ -152,9 +152,9 @@ def _index_shard(index: _Index, shard: int) -> None:
                     key, members = current, {}
                 members[suffix] = member
             index.add(shard, key or "", members, tar)
-            end = tar.offset
-        if end > os.path.getsize(path):
-            raise tarfile.ReadError("unexpected end of data")
+        with open(path, "rb") as file:
+            file.seek(-tarfile.BLOCKSIZE, os.SEEK_END)
+            check_tail(file.read())
     except (OSError, tarfile.TarError) as error:
         raise UserError(
             f"{path} can't be read as a tar file to its end ({error}). Fetch it again; if it is "
@@ -162,6 +162,16 @@ def _index_shard(index: _Index, shard: int) -> None:
         ) from error
     if len(index.ids) == before:
         raise UserError(f"{path} holds no images: looked for members ending in {', '.join(IMAGE_MEMBERS)}.")
+
+
+def check_tail(tail: bytes) -> None:
+    """Make sure that a tar file's last block is its end mark: tarfile does not miss one.
+
+    Raises:
+        tarfile.ReadError: it is not.
+    """
+    if len(tail) < tarfile.BLOCKSIZE or tail.strip(b"\0"):
+        raise tarfile.ReadError("it is cut off: the end mark of a tar file is missing")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -11,10 +11,11 @@ import torch
 
 from contrastive_mm.errors import UserError, unknown_name
 from contrastive_mm.vision.folders import open_folder
+from contrastive_mm.vision.hub import open_hub
 from contrastive_mm.vision.images import ImageSource, to_classes
-from contrastive_mm.vision.integrity import ends_of
-from contrastive_mm.vision.packed import cell_bytes, from_arrays, open_cell, open_parquet
+from contrastive_mm.vision.packed import from_arrays, open_parquet
 from contrastive_mm.vision.shards import expand_shards, open_tars
+from contrastive_mm.vision.streaming import STREAM, open_stream, stream_sample
 
 # Name on the command line -> torchvision class, the keyword that chooses a split, and the splits.
 TORCHVISION_SETS = {
@@ -35,13 +36,16 @@ def find_images(data: str) -> ImageSource:
         data: a folder of images (see ``open_folder``), of Parquet, IDX or tar files; a Parquet file with an image
             column; tar shards by a pattern (``shards/train-{000..015}.tar``, see ``expand_shards``); ``digits``; a
             torchvision data set by name (cifar10, cifar100, fashion-mnist, mnist, stl10, svhn); or a Hugging Face
-            data set, ``hf:owner/name``. ``:test`` behind a name chooses a split.
+            data set, ``hf:owner/name``. ``:test`` behind a name chooses a split. Of a stream (``stream:``, see
+            ``open_stream``) it is the first thousand images, without labels.
 
     Raises:
         UserError: nothing is there, no image is in it, or there is no such split.
     """
     if not data:
         raise UserError("--data is missing: give a folder of images, a Parquet file, or a data set's name.")
+    if data.startswith(STREAM):
+        return stream_sample(open_stream(data))
     path = Path(data).expanduser()
     source = _open_path(path) if path.exists() else _open_name(data)
     if not len(source):
@@ -73,7 +77,7 @@ def _open_name(data: str) -> ImageSource:
     name, _, split = data.partition(":")
     if name == "hf":
         hub_name, _, hub_split = split.partition(":")
-        return _hugging_face(hub_name, hub_split or "train")
+        return open_hub(hub_name, hub_split or "train")
     if name == "digits":
         _check_split(name, split or "train", ("train",))
         return _digits()
@@ -123,46 +127,3 @@ def _torchvision(name: str, split: str) -> ImageSource:
     # STL-10 has -1 throughout `unlabeled` and in part of `train+unlabeled`.
     labels = to_classes(numbers.tolist(), f"{name} ({split})", names)
     return ImageSource([f"row {i}" for i in range(len(dataset))], lambda i: dataset[i][0], *labels)
-
-
-def import_datasets() -> Any:
-    """The library of Hugging Face data sets.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError('Hugging Face data sets need one more package: pip install "contrastive_mm[hub]".') from error
-    return datasets
-
-
-def hub_columns(name: str, kinds: Any) -> tuple[str, str | None, list[str] | None]:
-    """A data set's image column, its label column and the classes' names, from its features.
-
-    Raises:
-        UserError: no column holds images.
-    """
-    images = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"]
-    if not images:
-        raise UserError(f"Hugging Face data set {name!r} has no image column; its columns are {', '.join(kinds)}.")
-    classes = [column for column, kind in kinds.items() if type(kind).__name__ == "ClassLabel"]
-    return (images[0], classes[0], list(kinds[classes[0]].names)) if classes else (images[0], None, None)
-
-
-def _hugging_face(name: str, split: str) -> ImageSource:
-    datasets = import_datasets()
-    try:
-        dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library raises many kinds, for a missing name, split, file and network
-        raise UserError(f"Hugging Face data set {name!r} ({split}) could not be loaded: {error}") from error
-    image, label, names = hub_columns(name, dataset.features)
-    values = [None] * len(dataset) if label is None else dataset[label][:]
-    classes = to_classes(values, f"the column {label!r} of {name}", names)
-    # Encoded, so that the image is opened and decoded where every other is.
-    cells = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    ids = [f"row {i}" for i in range(len(dataset))]
-    return ImageSource(
-        ids, lambda i: open_cell(cells[i][image]), *classes, ends=lambda i: ends_of(cell_bytes(cells[i][image]))
-    )
