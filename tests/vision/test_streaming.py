@@ -173,6 +173,7 @@ def test_the_beginning_of_a_stream_stands_in_for_it_where_images_are_counted(dat
 @pytest.mark.slow
 def test_a_run_on_a_stream_trains_for_its_steps_and_is_scored_on_other_data(tmp_path):
     flags = [f"--data={write_tars(tmp_path)}", "--steps=4", "--batch-size=4", "--device=cpu", "--image-size=8"]
+    flags.append("--validation-share=0.3")
     config, _ = parse_run("vision", flags)
     assert pretrain(config, tmp_path / "run")["steps"] == 4
     for n in range(8):
