@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from cifar10_simclr import processor
 from PIL import Image, ImageFilter, __version__
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -128,7 +128,7 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/image_loader.py --images {options.images} --rounds {options.rounds}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": platform.processor(), "cores": os.cpu_count(), "load_before": load},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_before": load},
         "versions": {
             "contrastive_mm": contrastive_mm.__version__,
             "torch": torch.__version__,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from contrastive_mm.batches import EpochBatches
 from contrastive_mm.errors import UserError
+from contrastive_mm.training.accelerator import current_device
 from contrastive_mm.vision.decoding import DRAWS, Crop, decode_crops, view_names
 
 MOST_SUBSTITUTES = 1000
@@ -105,7 +106,8 @@ class CropWorkers:
             draws: see ``crop_draws``.
             note_broken: told of each broken one.
         """
-        pinned = torch.cuda.is_available()  # from pinned memory the upload is a copy that the processor need not do
+        # From pinned memory the upload is a copy that the processor need not make.
+        pinned = current_device().type == "cuda"
         views = {
             name: torch.empty(len(numbers), 3, crop.size, crop.size, dtype=torch.uint8, pin_memory=pinned)
             for name, crop in zip(view_names(self.crops), self.crops, strict=True)

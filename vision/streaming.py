@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.vision.hub import hub_columns, import_datasets, load_hub
@@ -264,6 +265,8 @@ def stream_sample(stream: Stream) -> ImageSource:
     samples = StreamReader(stream, list(range(stream.num_shards))).read(SAMPLED)
     if not samples:
         raise UserError("The stream holds no images.")
+    if len(samples) == SAMPLED:
+        tqdm.write(f"The stream's first {SAMPLED} images stand in for it where scores and embeddings are wanted.")
     names = [sample.name for sample in samples]
     contents = [sample.content for sample in samples]
     return ImageSource(names, lambda i: open_cell(contents[i]), ends=lambda i: ends_of(contents[i] or b""))

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +12,7 @@ from test_shards import sample, write_tar
 from contrastive_mm.configuration import parse_run
 from contrastive_mm.errors import UserError
 from contrastive_mm.runs import evaluate_run, pretrain
+from contrastive_mm.vision import streaming
 from contrastive_mm.vision.decoding import Crop
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
 from contrastive_mm.vision.loader import CropWorkers
@@ -181,3 +184,21 @@ def test_a_run_on_a_stream_trains_for_its_steps_and_is_scored_on_other_data(tmp_
         picture(100 * (n % 2) + n).save(tmp_path / "other" / str(n % 2) / f"{n}.png")
     scores = evaluate_run(tmp_path / "run", str(tmp_path / "other"))
     assert "knn_accuracy" in scores["trained encoder"]
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "extra"), [("datasets", "hf:x/y", "hub"), ("webdataset", "a.tar", "stream")]
+)
+def test_a_stream_whose_library_is_missing_says_what_to_install(monkeypatch, module, data, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf'pip install "contrastive_mm\[{extra}\]"'):
+        open_stream(f"stream:{data}")
+
+
+def test_where_only_the_beginning_of_a_stream_is_used_a_note_says_so(tmp_path, monkeypatch, capsys):
+    data = write_tars(tmp_path)
+    assert len(find_images(data)) == COUNT
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(streaming, "SAMPLED", 5)
+    assert len(find_images(data)) == 5
+    assert "first 5 images stand in for it" in capsys.readouterr().out
