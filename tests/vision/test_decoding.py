@@ -125,11 +125,12 @@ def test_reduced_decoding_changes_little(tmp_path):
         assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() < 1.5
 
 
-def test_boxes_have_the_distribution_of_torchvision():
-    ours = np.array([random_box(60, 80, Crop(8, 0.08, 1.0), row) for row in draws(4000).tolist()], dtype=float)
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.05, 0.14)])
+def test_boxes_have_the_distribution_of_torchvision(scale):
+    ours = np.array([random_box(60, 80, Crop(8, *scale), row) for row in draws(4000).tolist()], dtype=float)
     torch.manual_seed(0)
     blank = torch.zeros(3, 60, 80)
-    theirs = np.array([RandomResizedCrop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], float)
+    theirs = np.array([RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)], float)
     for a, b in zip(ours.T, theirs.T, strict=True):
         error = math.sqrt(a.var() / len(a) + b.var() / len(b))
         assert abs(a.mean() - b.mean()) < 4 * error
