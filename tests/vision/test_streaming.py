@@ -12,7 +12,7 @@ from test_shards import sample, write_tar
 from contrastive_mm.configuration import parse_run
 from contrastive_mm.errors import UserError
 from contrastive_mm.runs import evaluate_run, pretrain
-from contrastive_mm.vision import streaming
+from contrastive_mm.vision import stream_batches, streaming
 from contrastive_mm.vision.decoding import Crop
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
 from contrastive_mm.vision.loader import CropWorkers
@@ -202,3 +202,12 @@ def test_where_only_the_beginning_of_a_stream_is_used_a_note_says_so(tmp_path, m
     monkeypatch.setattr(streaming, "SAMPLED", 5)
     assert len(find_images(data)) == 5
     assert "first 5 images stand in for it" in capsys.readouterr().out
+
+
+def test_no_two_batches_of_an_epoch_draw_the_same_crops(data, monkeypatch):
+    places, draw = [], stream_batches.crop_draws
+    monkeypatch.setattr(stream_batches, "crop_draws", lambda *place: places.append(place[:3]) or draw(*place))
+    batches = batches_of(data)
+    for _ in range(2):
+        numbers_in(iter(batches))
+    assert len(places) == len(set(places)) >= 2 * 9
