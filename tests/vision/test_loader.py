@@ -228,3 +228,11 @@ def test_without_an_accelerator_the_device_is_the_cpu(monkeypatch):
 def test_workers_and_prefetch_are_checked(options):
     with pytest.raises(UserError, match=f"--{next(iter(options))}"):
         VisionConfig(**options)
+
+
+def test_small_crops_come_from_the_loader_at_their_size_and_scale(photos):
+    make_views = ImageViews(16, ImageViewConfig(augmentation="swav", small_crops=2, small_size=8))
+    assert make_views.crops == [Crop(16, 0.14, 1.0)] * 2 + [Crop(8, 0.05, 0.14)] * 2
+    views = make_views(take(batches_of(photos, crops=make_views.crops), 1)[0])
+    assert [tuple(view.shape) for view in views.inputs] == [(4, 3, 16, 16)] * 2 + [(4, 3, 8, 8)] * 2
+    assert views.num_global == 2
