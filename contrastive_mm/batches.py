@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +27,8 @@ class Batches(Protocol):
         ...
 
 
-class ShuffledBatches:
-    """Batches of a data set, shuffled anew each epoch, resumable in the middle of one.
+class EpochBatches(ABC):
+    """Batches of a data set, shuffled anew each epoch, resumable in the middle of one; a subclass loads them.
 
     The order of epoch e is a function of (seed, e) alone. Iterating goes on from where the last iteration (or
     the loaded state) stopped, to the end of that epoch. A last batch that is not full is left out, so the number
@@ -36,24 +37,14 @@ class ShuffledBatches:
     Args:
         num_samples: size of the data set.
         batch_size: samples a batch.
-        load: makes a batch from (batch_size,) sample numbers. With ``prefetch`` it runs in another thread.
         seed: decides the order.
         arrange: reorders an epoch's permutation, for example into batches of similar length.
-        prefetch: batches made ahead in a thread; 0 makes each when it is asked for.
 
     Raises:
         UserError: batch_size below 2 or above num_samples.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        load: Callable[[Tensor], Mapping[str, Tensor]],
-        seed: int = 0,
-        arrange: Arrange | None = None,
-        prefetch: int = 0,
-    ) -> None:
+    def __init__(self, num_samples: int, batch_size: int, seed: int = 0, arrange: Arrange | None = None) -> None:
         if not 2 <= batch_size <= num_samples:
             raise UserError(
                 f"batch_size = {batch_size}, but there are {num_samples} training samples; "
@@ -64,9 +55,7 @@ class ShuffledBatches:
         self.seed = seed
         self.epoch = 0
         self.position = 0
-        self._load = load
         self._arrange = arrange
-        self._prefetch = prefetch
 
     def __len__(self) -> int:
         """Batches in one epoch."""
@@ -76,12 +65,16 @@ class ShuffledBatches:
         order = self._order(self.epoch)
         start = self.position
         chunks = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, len(self))]
-        for batch in self._loaded(chunks):
+        for batch in self._loaded(chunks, self.epoch, start):
             # Counted before the batch is handed out: a checkpoint written while it is in use includes it.
             self.position += 1
             if self.position == len(self):
                 self.epoch, self.position = self.epoch + 1, 0
             yield batch
+
+    @abstractmethod
+    def _loaded(self, chunks: list[Tensor], epoch: int, first: int) -> Iterator[Mapping[str, Tensor]]:
+        """The batches of these sample numbers in this order; the first of them is batch ``first`` of the epoch."""
 
     def state_dict(self) -> dict[str, int]:
         """Where the order stands."""
@@ -109,7 +102,36 @@ class ShuffledBatches:
         order = torch.randperm(self.num_samples, generator=generator)
         return order if self._arrange is None else self._arrange(order, generator)
 
-    def _loaded(self, chunks: list[Tensor]) -> Iterator[Mapping[str, Tensor]]:
+
+class ShuffledBatches(EpochBatches):
+    """Shuffled batches from a function of their sample numbers; order and resuming as in ``EpochBatches``.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples a batch.
+        load: makes a batch from (batch_size,) sample numbers. With ``prefetch`` it runs in another thread.
+        seed: decides the order.
+        arrange: reorders an epoch's permutation, for example into batches of similar length.
+        prefetch: batches made ahead in a thread; 0 makes each when it is asked for.
+
+    Raises:
+        UserError: batch_size below 2 or above num_samples.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        load: Callable[[Tensor], Mapping[str, Tensor]],
+        seed: int = 0,
+        arrange: Arrange | None = None,
+        prefetch: int = 0,
+    ) -> None:
+        super().__init__(num_samples, batch_size, seed, arrange)
+        self._load = load
+        self._prefetch = prefetch
+
+    def _loaded(self, chunks: list[Tensor], epoch: int, first: int) -> Iterator[Mapping[str, Tensor]]:
         if not self._prefetch:
             yield from map(self._load, chunks)
             return

@@ -101,7 +101,8 @@ def test_every_option_has_a_word_of_help():
     import inspect
 
     def check(options):
-        source = inspect.getsource(options)
+        # An option may be inherited, and is then written in a base.
+        source = "".join(inspect.getsource(kind) for kind in options.__mro__[:-1])
         for field in dataclasses.fields(options):
             nested = field.default_factory
             if dataclasses.is_dataclass(nested):

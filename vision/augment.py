@@ -18,6 +18,7 @@ from contrastive_mm.views import RandomStream, Views
 from contrastive_mm.vision.blur import blur
 from contrastive_mm.vision.colour import jitter_, solarise, to_grey
 from contrastive_mm.vision.crops import crop_and_resize
+from contrastive_mm.vision.decoding import Crop, view_names
 from contrastive_mm.vision.draws import Images, Plan, Squares, change_some_, draw_plan
 from contrastive_mm.vision.mixing import MIXINGS
 from contrastive_mm.vision.presets import NORMALISATIONS, PRESETS, Normalisation, Preset, Recipe, simclr_jitter
@@ -147,7 +148,8 @@ class ImageViews:
     """Makes augmented views of a batch of images: two full ones, and small crops where they are asked for.
 
     The batch maps ``"image"`` to (B, C, H, W), uint8 in 0..255 or float in 0..1; ``"index"`` (B,), where given,
-    becomes the sample ids and ``"label"`` (B,) the labels.
+    becomes the sample ids and ``"label"`` (B,) the labels. A loader that has cut the crops already (``crops``) gives
+    them as ``"view_0"``, ``"view_1"``, ... (B, C, S, S) in place of ``"image"``.
 
     Args:
         size: side of the square full views, in pixels.
@@ -175,12 +177,15 @@ class ImageViews:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Views:
         """The views of each image, normalised."""
-        images, preset = batch["image"], self.preset
-        first, second = self.augment(images), self.augment(images, preset.second)
-        small = [self.augment(images, preset.small, self.small_size) for _ in range(preset.small_crops)]
+        cropped = "image" not in batch
+        sources = [batch[name] for name in view_names(self.crops)] if cropped else [batch["image"]] * len(self.crops)
+        first, second, *small = (
+            self.augment(images, recipe, crop.size, cropped)
+            for images, recipe, crop in zip(sources, self._recipes(), self.crops, strict=True)
+        )
         positives = None
         if self.config.mix != "none":
-            generator = self.stream.on(images.device)
+            generator = self.stream.on(first.device)
             mixing = MIXINGS[self.config.mix].draw(first.shape, self.config.mix_alpha, generator)
             first = mixing.apply(first)
             second = mixing.apply(second) if self.config.mix_both else second
@@ -193,13 +198,27 @@ class ImageViews:
             positives=positives,
         )
 
-    def augment(self, images: Pixels, recipe: Recipe | None = None, size: int | None = None) -> Squares:
+    def _recipes(self) -> list[Recipe]:
+        preset = self.preset
+        small = [preset.small or preset.first] * preset.small_crops
+        return [preset.first, preset.second or preset.first, *small]
+
+    @property
+    def crops(self) -> list[Crop]:
+        """The random crops that the views start from, for a loader that cuts them where it decodes."""
+        sizes = [self.size, self.size, *[self.small_size] * self.preset.small_crops]
+        return [Crop(size, *recipe.crop_scale) for size, recipe in zip(sizes, self._recipes(), strict=True)]
+
+    def augment(
+        self, images: Pixels, recipe: Recipe | None = None, size: int | None = None, cropped: bool = False
+    ) -> Squares:
         """One random view of each image, normalised.
 
         Args:
             images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
             recipe: what is done; by default the first view's.
             size: side of the view in pixels; by default the full views'.
+            cropped: whether the images are the view's random crops already, cut where they were decoded.
 
         Returns:
             (B, C, size, size).
@@ -207,6 +226,8 @@ class ImageViews:
         recipe, size = recipe or self.preset.first, size or self.size
         count, channels, height, width = images.shape
         plan = draw_plan(recipe, count, height, width, len(OPERATIONS), self.stream.on(torch.device("cpu")))
+        if cropped:
+            plan = dataclasses.replace(plan, boxes=plan.boxes.new_tensor([0, 0, height, width]).expand(count, 4))
         # In parts that stay in a core's cache, where every change reads and writes them.
         part = count if images.device.type != "cpu" else max(1, CACHED // (channels * size * size))
         made: Tensor | None = None

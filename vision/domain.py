@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from contrastive_mm.batches import ShuffledBatches
+from contrastive_mm.batches import Batches, ShuffledBatches
 from contrastive_mm.domain import Embeddings
 from contrastive_mm.errors import UserError
 from contrastive_mm.evaluation import (
@@ -24,16 +25,22 @@ from contrastive_mm.evaluation import (
     uniformity,
 )
 from contrastive_mm.progress import progress
+from contrastive_mm.training.accelerator import current_device
 from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, plain_view
 from contrastive_mm.vision.encoders import build_image_encoder
 from contrastive_mm.vision.images import ImageSet, ImageSource
+from contrastive_mm.vision.loader import CropBatches, CropWorkers
 from contrastive_mm.vision.sources import find_images
+from contrastive_mm.vision.stream_batches import StreamBatches
+from contrastive_mm.vision.streaming import STREAM, open_stream
 
 EVALUATION_BATCH = 256
 PROBE_ROWS = 10_000
 FEW_LABELS = (1, 5, 10)
 RAW_SIDE = 32
 LARGEST_NATIVE = 96
+MEMORY_LIMIT = 4 << 30
+"""Bytes up to which `--storage auto` keeps images decoded."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,10 @@ class VisionConfig:
     """Images."""
 
     data: str = ""
-    """Folder of images (flat, or one folder a class), of Parquet or of IDX files; Parquet file with an image
-    column; digits, cifar10, cifar100, fashion-mnist, mnist, stl10, svhn (name:test takes another split); or
-    hf:owner/name."""
+    """Folder of images (flat, or one folder a class), of Parquet, IDX or tar files; Parquet file with an image
+    column; tar shards (train-{000..015}.tar); digits, cifar10, cifar100, fashion-mnist, mnist, stl10, svhn (name:test
+    takes another split); or hf:owner/name. stream: before hf:owner/name or tar shards reads them from front to back,
+    for so many --steps."""
     encoder: str = "small-conv"
     """small-conv; a torchvision or timm model such as resnet18, vit_b_16 or timm/resnet50; resnet50-2x-sk and the
     other ResNets of SimCLR v2; vit-small-moco-v3 and its kin. ResNets get a small stem up to 64 px."""
@@ -59,6 +67,13 @@ class VisionConfig:
     """Last part of each class, held back from training for `evaluate`; nothing where there are no labels."""
     max_broken: float = 0.01
     """Largest share of unreadable images that is left out instead of stopping the run."""
+    storage: Literal["auto", "memory", "disk"] = "auto"
+    """memory keeps all images decoded as squares, on the GPU where they fit; disk decodes each when it is its turn and
+    crops it from the whole image. auto keeps up to 4 GiB of images whose views are at most 96 pixels a side."""
+    workers: int | None = None
+    """Threads that decode images; by default one a core."""
+    prefetch: int = 4
+    """Batches made ahead of the one in use, where images are decoded in turn."""
     views: ImageViewConfig = field(default_factory=ImageViewConfig)
 
     def __post_init__(self) -> None:
@@ -68,6 +83,10 @@ class VisionConfig:
             raise UserError(f"--image-size = {self.image_size}; it must be at least 4.")
         if not 0 <= self.max_broken <= 1:
             raise UserError(f"--max-broken = {self.max_broken}; a share lies between 0 and 1.")
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers = {self.workers}; it must be at least 1.")
+        if self.prefetch < 0:
+            raise UserError(f"--prefetch = {self.prefetch}; it must be 0 or above.")
 
 
 class ImageDomain:
@@ -87,46 +106,79 @@ class ImageDomain:
         self.config = replace(config, image_size=self.image_size)
         # Views are cropped from somewhat more than their own size, where images are large enough to have it.
         stored_size = self.image_size if self.image_size <= LARGEST_NATIVE else self.image_size * 8 // 7
-        self.images = ImageSet(source, stored_size, config.max_broken)
+        limit = memory_limit(config.storage, self.image_size)
+        self.images = ImageSet(source, stored_size, config.max_broken, limit, config.workers)
         self.labels, self.class_names = self.images.labels, source.class_names
         self.train_rows, self.validation_rows = split_rows(len(self.images), self.labels, config.validation_share)
         self.make_views = ImageViews(self.image_size, config.views, seed)
         # What the encoder was trained to see is a part of what it is: also where a preset changes.
         views = replace(config.views, normalisation=self.make_views.preset.normalisation)
         self.config = replace(self.config, views=views)
+        trained = None if self.labels is None else self.labels[self.train_rows]
+        # Partly labelled data give no labels to train with: a method would take what has none for a class of its own.
+        self._train_labels = None if trained is None or bool((trained < 0).any()) else trained
+        self._resident: Tensor | None = None
 
     def build_encoder(self) -> nn.Module:
         """The encoder named in the options, with random or the library's pretrained weights."""
         config = self.config
         return build_image_encoder(config.encoder, self.image_size, config.pretrained, config.freeze_patch_projection)
 
-    def train_batches(self) -> ShuffledBatches:
-        """Batches of ``image`` (B, 3, S, S) uint8, ``index`` (B,) and, where there are labels, ``label`` (B,).
+    def train_batches(self) -> Batches:
+        """Batches of ``image`` (B, 3, S, S) uint8, ``index`` (B,) and, where all have a label, ``label`` (B,).
 
-        ``index`` is the image's number among those trained on.
+        ``index`` is the image's number among those trained on. Images on disk come as random crops instead, as
+        ``view_0``, ``view_1``, ... (see ``CropBatches``). Where only some images have a label, none is given.
         """
-        return ShuffledBatches(len(self.train_rows), self.config.batch_size, self._load, self.seed, prefetch=2)
+        count, config = len(self.train_rows), self.config
+        if config.data.startswith(STREAM):
+            workers = CropWorkers(self.make_views.crops, config.workers)
+            stream = open_stream(config.data)
+            return StreamBatches(
+                stream, config.batch_size, workers, self.seed, config.prefetch, max_broken=config.max_broken
+            )
+        if self.images.in_memory:
+            return ShuffledBatches(count, config.batch_size, self._load, self.seed, prefetch=2)
+        rows = self.train_rows.tolist()
+        return CropBatches(
+            count,
+            config.batch_size,
+            CropWorkers(self.make_views.crops, config.workers),
+            lambda index: self.images.open(rows[index]),
+            self._describe,
+            lambda index, error: self.images.note_broken(rows[index], error),
+            self.seed,
+            config.prefetch,
+        )
 
     def _load(self, indices: Tensor) -> dict[str, Tensor]:
+        if self._resident is None:  # at the first batch, when the device is known
+            self._resident = self.images.pixels_on(current_device())
         rows = self.train_rows[indices]
-        batch = {"image": self.images.read(rows), "index": indices}
-        return batch if self.labels is None else {**batch, "label": self.labels[rows]}
+        return {"image": self._resident[rows.to(self._resident.device)], **self._describe(indices)}
+
+    def _describe(self, indices: Tensor) -> dict[str, Tensor]:
+        if self._train_labels is None:
+            return {"index": indices}
+        return {"index": indices, "label": self._train_labels[indices]}
 
     def evaluate(self, encoder: nn.Module | None) -> dict[str, float]:
         """Scores on the validation part, learned from the training part's labels; raw pixels for None.
 
         With labels: ``few_label_accuracy_n`` (logistic regression, n labels a class, mean of 20 draws),
         ``knn_accuracy`` (k = 200, or half of the smallest class), ``linear_probe_accuracy`` (on at most 10,000
-        training images). Without: ``uniformity`` and ``effective_rank`` of up to 2,048 images.
+        training images). Images without a label are left out there. Without labels: ``uniformity`` and
+        ``effective_rank`` of up to 2,048 images.
         """
         labels = self.labels
-        if labels is None or len(labels.unique()) < 2 or len(self.validation_rows) == 0:
+        if labels is None or len(labels[labels >= 0].unique()) < 2 or len(self.validation_rows) == 0:
             rows = self.train_rows[:2048]
             features = self._features(encoder, rows)
             return {"uniformity": uniformity(features), "effective_rank": effective_rank(features)}
-        train = self._features(encoder, self.train_rows)
+        train_rows = self.train_rows[labels[self.train_rows] >= 0]
+        train = self._features(encoder, train_rows)
         test = self._features(encoder, self.validation_rows)
-        train_y, test_y = labels[self.train_rows], labels[self.validation_rows]
+        train_y, test_y = labels[train_rows], labels[self.validation_rows]
         # Of the classes that are there: numbers may have gaps, where a class of the data set has no image.
         smallest = int(train_y.unique(return_counts=True)[1].min())
         scores = {
@@ -148,7 +200,9 @@ class ImageDomain:
         return Embeddings(
             features=self._features(encoder, rows),
             ids=[ids[row] for row in rows.tolist()],
-            labels=None if labels is None or names is None else [names[i] for i in labels[rows].tolist()],
+            labels=None
+            if labels is None or names is None
+            else [names[i] if i >= 0 else "unlabelled" for i in labels[rows].tolist()],
             previews=_Thumbnails(self.images, rows),
         )
 
@@ -181,6 +235,16 @@ class _Thumbnails(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.images.read(self.rows[index].reshape(1))[0].permute(1, 2, 0).numpy()
+
+
+def memory_limit(storage: str, image_size: int) -> int:
+    """Bytes up to which a data set is kept in memory, as decoded squares.
+
+    Large images stay on disk unless asked for: their crops are then taken from the whole image, as the papers' are.
+    """
+    if storage == "auto":
+        return MEMORY_LIMIT if image_size <= LARGEST_NATIVE else 0
+    return sys.maxsize if storage == "memory" else 0
 
 
 def native_size(source: ImageSource) -> int:

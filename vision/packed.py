@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.vision.images import Classes, ImageSource, to_classes
+from contrastive_mm.vision.integrity import ends_of
 
 IMAGE_COLUMNS = ("image", "img", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -28,10 +30,10 @@ def open_parquet(paths: list[Path]) -> ImageSource:
     """Images of the column ``image``, ``img`` or ``picture``, labelled by ``label``, ``labels`` or ``fine_label``.
 
     Cells hold encoded images, or mappings with them under ``bytes``, as Hugging Face writes them. A label column
-    of nothing but null or -1 is none.
+    of nothing but null or -1 is none; among other labels these say that a row has none.
 
     Raises:
-        UserError: a file is broken or has no such column, or only part of the rows have a label.
+        UserError: a file is broken or has no such column.
     """
     name = str(paths[0]) if len(paths) == 1 else f"the {len(paths)} Parquet files, {paths[0]} the first"
     tables = [_read_table(path) for path in paths]
@@ -40,10 +42,13 @@ def open_parquet(paths: list[Path]) -> ImageSource:
     except pyarrow.ArrowException as error:
         raise UserError(f"The columns differ among {name}: {error}") from error
     cells = table.column("image")
-    labels: Classes = (None, None)
+    classes: Classes = (None, None)
     if "label" in table.column_names:
-        labels = to_classes(table.column("label").to_pylist(), f"the label column of {name}")
-    return ImageSource([f"row {i}" for i in range(len(table))], lambda i: _open_cell(cells[i].as_py()), *labels)
+        classes = to_classes(table.column("label").to_pylist(), f"the label column of {name}")
+    ids = [f"row {i}" for i in range(len(table))]
+    return ImageSource(
+        ids, lambda i: open_cell(cells[i].as_py()), *classes, ends=lambda i: ends_of(cell_bytes(cells[i].as_py()))
+    )
 
 
 def _read_table(path: Path) -> pyarrow.Table:
@@ -61,11 +66,24 @@ def _read_table(path: Path) -> pyarrow.Table:
     return table.rename_columns(["image", "label"][: table.num_columns])
 
 
-def _open_cell(cell: Any) -> Image.Image:
+def cell_bytes(cell: Any) -> bytes:
+    """The encoded image in a cell: bytes, or a mapping with them, or with the path of a file, as Hugging Face writes.
+
+    Raises:
+        ValueError: there is none.
+        OSError: the file can't be read.
+    """
     content = cell.get("bytes") if isinstance(cell, dict) else cell
+    if content is None and isinstance(cell, dict) and cell.get("path") and os.path.exists(cell["path"]):
+        return Path(cell["path"]).read_bytes()
     if not isinstance(content, bytes):
         raise ValueError("the cell holds no encoded image")
-    return Image.open(io.BytesIO(content))
+    return content
+
+
+def open_cell(cell: Any) -> Image.Image:
+    """The image in a cell, opened; see ``cell_bytes``."""
+    return Image.open(io.BytesIO(cell_bytes(cell)))
 
 
 def open_idx(files: list[Path]) -> ImageSource:

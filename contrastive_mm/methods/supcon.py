@@ -62,7 +62,10 @@ class SupCon(Method):
             if relation.partner is not None and relation.ids is None:
                 relation = dataclasses.replace(relation, ids=views.labels)
         if relation is None:
-            raise UserError("SupCon needs labels, but this data has none; choose another --method, such as simclr.")
+            raise UserError(
+                "SupCon needs labels, one for each sample, but this data has none, or not for all: choose another "
+                "--method, such as simclr, or leave out what has no label."
+            )
         first, second = encode_views(self._project, views.require_pair("SupCon"))
         loss = supcon(first, second, relation, self.temperature, gather=True)
         metrics = {"positive_similarity": positive_similarity(first, second)}

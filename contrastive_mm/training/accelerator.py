@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.training.config import Precision
@@ -33,3 +33,9 @@ def make_accelerator(precision: Precision = "no", device: Literal["auto", "cpu"]
             "not yet divided among processes. Start it without `accelerate launch`."
         )
     return accelerator
+
+
+def current_device() -> torch.device:
+    """The device that this process trains on: the last Accelerator's, or the CPU where there is none yet."""
+    device: torch.device = PartialState._shared_state.get("device", torch.device("cpu"))
+    return device

@@ -2,6 +2,7 @@ import pytest
 from pictures import break_file, picture
 
 from contrastive_mm.errors import UserError
+from contrastive_mm.methods import get_method
 from contrastive_mm.vision import domain as vision_domain
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
 from contrastive_mm.vision.images import ImageSource
@@ -28,12 +29,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(params=[0, 1 << 30], ids=["decoded as read", "in memory"])
-def domain(request, folder, monkeypatch):
-    image_set = vision_domain.ImageSet
-    monkeypatch.setattr(vision_domain, "ImageSet", lambda *options: image_set(*options, memory_limit=request.param))
-    config = VisionConfig(data=str(folder), batch_size=3, validation_share=0.3, max_broken=0.2)
+@pytest.fixture(params=["disk", "memory"])
+def domain(request, folder):
+    config = VisionConfig(data=str(folder), batch_size=3, validation_share=0.3, max_broken=0.2, storage=request.param)
     return ImageDomain(config, seed=0)
+
+
+def trained_ids(domain, batch):
+    """The names of a batch's images: ``index`` counts those trained on."""
+    return [domain.images.ids[row] for row in domain.train_rows[batch["index"]].tolist()]
 
 
 def painted(features):
@@ -44,10 +48,12 @@ def painted(features):
 def test_training_batches_carry_index_and_label_that_belong_to_the_pixels(domain):
     for _ in range(2):
         for batch in domain.train_batches():
-            assert set(batch) == {"image", "index", "label"}
-            names = [domain.images.ids[row] for row in domain.train_rows[batch["index"]].tolist()]
-            levels = batch["image"].float().mean(dim=(1, 2, 3)).round().int().tolist()
-            assert levels == [level_of(name) for name in names]
+            pixels = {"image"} if domain.images.in_memory else {"view_0", "view_1"}
+            assert set(batch) == {*pixels, "index", "label"}
+            names = trained_ids(domain, batch)
+            for name in pixels:
+                levels = batch[name].float().mean(dim=(1, 2, 3)).round().int().tolist()
+                assert levels == [level_of(name) for name in names]
             assert batch["label"].tolist() == [CLASSES.index(name.split("/")[0]) for name in names]
             views = domain.make_views(batch)
             assert views.labels is batch["label"]
@@ -68,9 +74,7 @@ def test_training_never_sees_a_held_back_image(domain):
     trained = set()
     for _ in range(20):
         for batch in batches:
-            levels = batch["image"].float().mean(dim=(1, 2, 3)).round().int().tolist()
-            trained |= {name for name in domain.images.ids if level_of(name) in levels}
-            assert int(batch["index"].max()) < len(domain.train_rows)
+            trained |= set(trained_ids(domain, batch))
     assert not trained & held_back
     assert trained | held_back == set(domain.embed(None, everything=True).ids)
 
@@ -140,3 +144,54 @@ def test_neighbours_are_half_of_the_smallest_class_that_is_there(monkeypatch):
 def test_max_broken_is_a_share(share):
     with pytest.raises(UserError, match="--max-broken"):
         VisionConfig(max_broken=share)
+
+
+@pytest.fixture(params=["disk", "memory"])
+def partly_labelled(request, tmp_path):
+    for folder, first in (("ape", 0), ("bee", 100), ("unlabelled", 200)):
+        (tmp_path / folder).mkdir()
+        for i in range(8):
+            picture(first + i, (8, 8)).save(tmp_path / folder / f"{i}.png")
+    config = VisionConfig(data=str(tmp_path), batch_size=4, validation_share=0.25, storage=request.param)
+    return ImageDomain(config, seed=0)
+
+
+def test_partly_labelled_data_train_on_everything_and_score_by_what_has_a_label(partly_labelled, monkeypatch):
+    domain, calls = partly_labelled, []
+    held_back = {domain.images.ids[row] for row in domain.validation_rows.tolist()}
+    assert held_back == {f"{name}/{i}.png" for name in ("ape", "bee") for i in (6, 7)}
+    trained = [name for batch in domain.train_batches() for name in trained_ids(domain, batch)]
+    assert len(trained) == len(set(trained)) == 20
+    assert sum(name.startswith("unlabelled") for name in trained) == 8
+
+    def record(train, train_y, test, test_y, *options):
+        calls.append((painted(train), train_y.tolist(), painted(test), test_y.tolist()))
+        return 0.0
+
+    for score in ("few_label_accuracy", "knn_accuracy", "linear_probe_accuracy"):
+        monkeypatch.setattr(vision_domain, score, record)
+    domain.evaluate(None)
+    assert len(calls) == 4, "1 and 5 labels a class (there are 6), kNN and the probe"
+    for train, train_y, test, test_y in calls:
+        assert sorted(train) == [*range(6), *range(100, 106)]
+        assert sorted(test) == [6, 7, 106, 107]
+        assert train_y == [level // 100 for level in train]
+        assert test_y == [level // 100 for level in test]
+    labels = dict(zip((embedded := domain.embed(None, everything=True)).ids, embedded.labels, strict=True))
+    assert all(label == name.split("/")[0] for name, label in labels.items())
+
+
+def test_methods_that_need_labels_refuse_partly_labelled_data_clearly(partly_labelled, encoder):
+    method = get_method("supcon")(encoder, None)
+    batch = next(iter(partly_labelled.train_batches()))
+    assert "label" not in batch
+    with pytest.raises(UserError, match="SupCon needs labels, one for each sample, but this data has none, or not"):
+        method(partly_labelled.make_views(batch))
+
+
+def test_one_labelled_class_among_unlabelled_images_is_scored_without_labels(tmp_path):
+    for name in ("ape/1.png", "ape/2.png", "unlabelled/1.png", "unlabelled/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(len(name), (8, 8)).save(tmp_path / name)
+    domain = ImageDomain(VisionConfig(data=str(tmp_path), batch_size=2, validation_share=0.5), 0)
+    assert set(domain.evaluate(None)) == {"uniformity", "effective_rank"}

@@ -5,8 +5,9 @@ from pictures import break_file, levels, picture
 from PIL import Image
 
 from contrastive_mm.errors import UserError
+from contrastive_mm.vision.decoding import decode
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
-from contrastive_mm.vision.images import ImageSet, decode, to_classes
+from contrastive_mm.vision.images import ImageSet, to_classes
 from contrastive_mm.vision.sources import find_images
 
 BOTH_MODES = pytest.mark.parametrize("memory_limit", [0, 1 << 30], ids=["decoded as read", "in memory"])
@@ -65,7 +66,7 @@ def test_a_file_that_breaks_later_stops_the_run_by_name(tmp_path):
     (tmp_path / "3.png").unlink()
     assert levels(images.read(torch.arange(2))) == [0, 1]
     for number in (2, 3):
-        with pytest.raises(UserError, match=rf"{number}\.png was whole at the start and can't be read any more"):
+        with pytest.raises(UserError, match=rf"{number}\.png looked whole at the start and can't be read"):
             images.read(torch.tensor([0, number]))
 
 
@@ -219,8 +220,19 @@ def test_labels_become_class_numbers():
     numbers, names = to_classes([2, 0], "here", ["ape", "bee", "cow"])
     assert (numbers.tolist(), names) == ([2, 0], ["ape", "bee", "cow"])
     assert to_classes([-1, None, float("nan")], "here", ["ape"]) == (None, None)
-    with pytest.raises(UserError, match="Row 1 of here has no label"):
-        to_classes([0, -1], "here", ["ape"])
+
+
+@pytest.mark.parametrize("missing", [-1, None, float("nan")])
+def test_what_has_no_label_among_others_is_minus_one(missing):
+    numbers, names = to_classes([1, missing, 0], "here", ["ape", "bee"])
+    assert (numbers.tolist(), names) == ([1, -1, 0], ["ape", "bee"])
+    numbers, names = to_classes([7, missing, 5], "here")
+    assert (numbers.tolist(), names) == ([1, -1, 0], ["5", "7"])
+
+
+def test_a_class_without_a_name_is_refused():
+    with pytest.raises(UserError, match="here holds the class 2, but only classes 0 to 1 have names"):
+        to_classes([0, 2], "here", ["ape", "bee"])
 
 
 def test_the_side_is_that_of_the_images_or_224(tmp_path):

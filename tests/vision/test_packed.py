@@ -65,10 +65,10 @@ def test_parquet_files_whose_columns_differ_in_kind_are_named(tmp_path):
 @pytest.mark.parametrize(
     "labels", [["a", None, "b"], [0, -1, 1], [0.0, float("nan"), 1.0]], ids=["null", "minus one", "nan"]
 )
-def test_a_row_without_a_label_among_labelled_ones_is_named(tmp_path, labels):
-    data = write_parquet(tmp_path / "data.parquet", image=[encoded(1)] * 3, label=labels)
-    with pytest.raises(UserError, match=r"Row 1 of the label column of .*data\.parquet has no label.* 1 of 3 rows"):
-        find_images(data)
+def test_a_row_without_a_label_among_labelled_ones_is_minus_one(tmp_path, labels):
+    source = find_images(write_parquet(tmp_path / "data.parquet", image=[encoded(1)] * 3, label=labels))
+    assert source.labels.tolist()[1] == -1
+    assert min(source.labels[[0, 2]]) >= 0
 
 
 @pytest.mark.parametrize("label", [None, -1])

@@ -66,13 +66,14 @@ def test_hidden_files_and_folders_are_skipped(tmp_path):
     assert save_all(tmp_path / ".hidden", "1.png").ids == ["1.png"], "a hidden folder that was asked for"
 
 
-def test_images_beside_class_folders_make_a_set_without_labels_and_a_note(tmp_path, capsys):
-    source = save_all(tmp_path, "ape/1.png", "bee/1.png", "cover.png")
-    assert len(source) == 3
-    assert source.labels is None
-    assert source.class_names is None
-    assert "1 of 3 images lie" in (said := capsys.readouterr().out)
-    assert "cover.png" in said
+@pytest.mark.parametrize("loose", ["cover.png", "unlabelled/1.png", "Unlabeled/x/1.png"])
+def test_images_in_no_class_folder_have_no_label_and_a_note_says_so(tmp_path, capsys, loose):
+    source = save_all(tmp_path, "ape/1.png", "bee/1.png", loose)
+    labels = dict(zip(source.ids, source.labels.tolist(), strict=True))
+    assert labels == {"ape/1.png": 0, "bee/1.png": 1, loose: -1}
+    assert source.class_names == ["ape", "bee"]
+    assert "1 of 3 images in" in (said := capsys.readouterr().out)
+    assert loose in said
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,8 @@ def test_a_split_that_is_not_there_is_named_before_anything_is_loaded(data, mess
         find_images(data)
 
 
-@pytest.mark.parametrize(("numbers", "labelled"), [([0, 1, 2], True), ([-1, 0, 1], False), ([-1, -1, -1], False)])
-def test_stl10_with_unlabelled_images_is_an_unlabelled_set(monkeypatch, numbers, labelled):
+@pytest.mark.parametrize("numbers", [[0, 1, 2], [-1, 0, 1], [-1, -1, -1]])
+def test_stl10_may_be_labelled_in_part(monkeypatch, numbers):
     class STL10:
         labels = np.array(numbers)
         classes = ("ape", "bee", "cow")
@@ -137,8 +138,8 @@ def test_stl10_with_unlabelled_images_is_an_unlabelled_set(monkeypatch, numbers,
 
     monkeypatch.setattr("torchvision.datasets.STL10", STL10)
     source = find_images("stl10:train+unlabeled")
-    assert (source.labels is not None) == labelled
-    assert (source.class_names is not None) == labelled
+    assert (None if source.labels is None else source.labels.tolist()) == (None if max(numbers) < 0 else numbers)
+    assert (source.class_names is None) == (max(numbers) < 0)
 
 
 def test_torchvision_by_name_from_files_at_hand(tmp_path, monkeypatch):
@@ -214,5 +215,5 @@ def test_an_empty_folder_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match=f"No images in {tmp_path}"):
         find_images(str(tmp_path))
-    with pytest.raises(UserError, match="is a file but not Parquet"):
+    with pytest.raises(UserError, match="is a file but neither Parquet nor tar"):
         find_images(str(tmp_path / "notes.txt"))
