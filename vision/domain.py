@@ -44,7 +44,7 @@ class VisionConfig:
     column; digits, cifar10, cifar100, fashion-mnist, mnist, stl10, svhn (name:test takes another split); or
     hf:owner/name."""
     encoder: str = "small-conv"
-    """small-conv, or a torchvision model such as resnet18."""
+    """small-conv (small-conv-16 has half its width), or a torchvision model such as resnet18."""
     image_size: int | None = None
     """Side of the views in pixels; by default the first image's shorter side, or 224 where that is over 96."""
     batch_size: int = 256
@@ -69,6 +69,10 @@ class ImageDomain:
 
     config_class: ClassVar[type[VisionConfig]] = VisionConfig
     default_method: ClassVar[str] = "simclr"
+    commands: ClassVar[dict[str, str]] = {
+        "fine-tune": "contrastive_mm.vision.fine_tune:fine_tune",
+        "simclr-v2": "contrastive_mm.vision.simclr_v2:simclr_v2",
+    }
 
     def __init__(self, config: VisionConfig, seed: int, saved: Path | None = None) -> None:
         self.seed = seed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torchvision
 from jaxtyping import Float
@@ -82,15 +84,16 @@ def build_image_encoder(name: str, image_size: int) -> nn.Module:
     """A new image encoder with random weights.
 
     Args:
-        name: ``small-conv``, or a torchvision classification model such as ``resnet18`` or ``vit_b_16``.
+        name: ``small-conv`` (``small-conv-8`` for another width than 32), or a torchvision classification model such as
+            ``resnet18`` or ``vit_b_16``.
         image_size: side of the views in pixels; ResNets get the small stem up to 64.
 
     Raises:
         UserError: no such encoder; the message offers the nearest name.
     """
     known = torchvision.models.list_models(module=torchvision.models)
-    if name == "small-conv":
-        return SmallConvNet()
+    if small := re.fullmatch(r"small-conv(?:-([1-9]\d*))?", name):
+        return SmallConvNet(int(small[1] or 32))
     if name not in known:
         raise unknown_name("encoder", name, ["small-conv", *known])
     options = {"image_size": image_size} if name.startswith("vit_") else {}
