@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         width = head_dim if head is not None else encoder.feature_dim
         self.linear = nn.Linear(int(width), num_classes)  # type: ignore[arg-type]
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, images: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch classes"]:
         """A score for each class."""
         return self.linear(self.head(self.encoder(images)))
 

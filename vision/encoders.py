@@ -84,8 +84,8 @@ def build_image_encoder(name: str, image_size: int) -> nn.Module:
     """A new image encoder with random weights.
 
     Args:
-        name: ``small-conv`` (``small-conv-8`` for another width than 32), or a torchvision classification model such as
-            ``resnet18`` or ``vit_b_16``.
+        name: ``small-conv``, ``small-conv-8`` for another width than 32, or a torchvision classification model such
+            as ``resnet18`` or ``vit_b_16``.
         image_size: side of the views in pixels; ResNets get the small stem up to 64.
 
     Raises:

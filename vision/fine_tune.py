@@ -37,7 +37,7 @@ def fine_tune(
     seed: int | None = None,
     output: Path | None = None,
     overwrite: bool = False,
-    options: Annotated[FineTuningConfig, arg(prefix_name=False)] = FineTuningConfig(),  # noqa: B008 - frozen
+    options: Annotated[FineTuningConfig, arg(name="")] = FineTuningConfig(),  # noqa: B008 - frozen
 ) -> None:
     """Fine-tune a run's encoder on a share of the labels, beside a linear probe and training from scratch.
 
@@ -124,7 +124,7 @@ def pretrained_classifier(
     load_weights(method, state.get("method", {}), str(checkpoints.paths()[-1]))
     parts: nn.Sequential = method.fine_tuning_encoder()
     torch.manual_seed(seed)
-    return Classifier(parts[0], num_classes, parts[1:], int(parts.feature_dim))  # type: ignore[arg-type]
+    return Classifier(parts[0], num_classes, nn.Sequential(*parts[1:]), int(parts.feature_dim))  # type: ignore[arg-type]
 
 
 def clear_stages(folder: Path, names: Any, result: str, overwrite: bool) -> None:
