@@ -54,8 +54,17 @@ class FewLabels:
 
         return run_stage(folder, settings, train)
 
+    def from_scratch(self, encoder: str, folder: Path) -> dict[str, float]:
+        """Train an encoder of this name and its linear layer on the labelled images alone, from random weights.
+
+        Raises:
+            UserError: as ``run_stage`` and ``held_back``.
+        """
+        options = dataclasses.replace(self.options, learning_rate=self.options.scratch_learning_rate)
+        return self._supervised(self.new_classifier(encoder), options, folder)
+
     def fine_tune(self, classifier: Classifier, folder: Path) -> dict[str, float]:
-        """Train all of a classifier on the labelled images; from random weights that is training from scratch.
+        """Train all of a pretrained classifier on the labelled images.
 
         Args:
             classifier: trained in place, or loaded where the stage is done.
@@ -64,7 +73,9 @@ class FewLabels:
         Raises:
             UserError: as ``run_stage`` and ``held_back``.
         """
-        options = self.options
+        return self._supervised(classifier, self.options, folder)
+
+    def _supervised(self, classifier: Classifier, options: FineTuningConfig, folder: Path) -> dict[str, float]:
         read = self.domain.images.read
         batches = labelled_batches(self.labelled, read, options.batch_size, self.base.seed)
         return self._train(FineTuning(classifier, options), batches, folder)

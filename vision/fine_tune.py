@@ -66,7 +66,7 @@ def fine_tune(
     start = pretrained_classifier(run, config, domain, labelled.num_classes, kept_layers, base.seed)
     clear_stages(folder, STAGES.values(), RESULT_FILE, overwrite)
     scores = {
-        "from scratch": few.fine_tune(few.new_classifier(config.domain_options.encoder), folder / "from-scratch"),
+        "from scratch": few.from_scratch(config.domain_options.encoder, folder / "from-scratch"),
         "linear probe": few.probe(start, folder / "linear-probe"),
         "fine-tuned": few.fine_tune(start, folder / "fine-tuned"),
     }

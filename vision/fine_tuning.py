@@ -29,6 +29,8 @@ class FineTuningConfig(MethodOptions):
     """Images a step; all labelled ones where there are fewer."""
     learning_rate: float = 1e-3
     """Peak of the schedule, from which a cosine goes down to 0; there is no warm-up."""
+    scratch_learning_rate: float = 3e-3
+    """The same for training from scratch, to which a larger one is kind: random weights have nothing to lose."""
     weight_decay: float = 0.0
     """None in SimCLR v2's fine-tuning."""
     crop_scale: float | None = None

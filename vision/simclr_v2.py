@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from contrastive_mm.configuration import RunConfig, parse_run
 from contrastive_mm.errors import UserError
 from contrastive_mm.metrics import read_metrics
 from contrastive_mm.report import Page, loss_plot, text_table
-from contrastive_mm.runs import METRICS_FILE, open_run, pretrain
-from contrastive_mm.vision.classifiers import held_back
+from contrastive_mm.runs import METRICS_FILE, pretrain
+from contrastive_mm.vision.classifiers import Classifier, held_back
 from contrastive_mm.vision.distillation import DistillationConfig
 from contrastive_mm.vision.domain import ImageDomain
 from contrastive_mm.vision.encoders import build_image_encoder
@@ -74,13 +75,12 @@ def simclr_v2(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder.")
     settings = _pretraining(data, config, encoder, epochs)
-    _check(settings, student, labels)
+    domain = _checked_domain(settings, student, labels)
+    settings = dataclasses.replace(settings, domain_options=domain.config)
     if overwrite:
         _clear(output)
-    results = [
-        _one_seed(settings, seed, output / f"seed-{seed}", student, labels, fine_tuning, distillation)
-        for seed in range(seeds)
-    ]
+    command = Command(settings, domain, student, labels, fine_tuning, distillation)
+    results = [command.one_seed(seed, output / f"seed-{seed}") for seed in range(seeds)]
     _write_results(output, settings, student, results)
 
 
@@ -93,8 +93,8 @@ def _pretraining(data: str | None, config: str | None, encoder: str | None, epoc
     return settings
 
 
-def _check(settings: RunConfig[Any, Any], student: str | None, labels: tuple[float, ...]) -> None:
-    """Refuse before the first stage what only the last would stumble over."""
+def _checked_domain(settings: RunConfig[Any, Any], student: str | None, labels: tuple[float, ...]) -> ImageDomain:
+    """The images; what only the last stage would stumble over is refused here, before the first."""
     domain = ImageDomain(settings.domain_options, settings.trainer.seed)
     held_back(domain)
     for share in labels:
@@ -102,6 +102,7 @@ def _check(settings: RunConfig[Any, Any], student: str | None, labels: tuple[flo
     for name in (settings.domain_options.encoder, student):
         if name is not None:
             build_image_encoder(name, domain.image_size)
+    return domain
 
 
 def _clear(output: Path) -> None:
@@ -111,58 +112,58 @@ def _clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _one_seed(
-    settings: RunConfig[Any, Any],
-    seed: int,
-    folder: Path,
-    student: str | None,
-    labels: tuple[float, ...],
-    fine_tuning: FineTuningConfig,
-    distillation: DistillationConfig,
-) -> dict[str, Any]:
-    """All stages of a seed; the result by share of labels."""
-    settings = dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, seed=seed))
-    run = folder / PRETRAINING
-    trained = run_stage(folder / "pretraining-stage", settings.flat(), lambda: pretrain(settings, run, resume=True))
-    saved, domain = open_run(run)
-    assert isinstance(domain, ImageDomain)
-    result: dict[str, Any] = {"pretraining_seconds": trained["seconds"], "labels": {}}
-    classes = None if domain.class_names is None else len(domain.class_names)
-    for share in labels:
-        labelled = draw_labelled(domain.labels, domain.train_rows, share, seed, classes)
-        few = FewLabels(domain, labelled, saved.trainer, fine_tuning)
-        scores = _share(few, run, saved, student, distillation, folder / f"labels-{share:g}")
-        result["labels"][f"{share:g}"] = {"labelled_images": len(labelled.rows), "scores": scores}
-        _say(seed, share, scores)
-    return result
+@dataclass(frozen=True)
+class Command:
+    """What every seed does, one stage after another.
 
+    Attributes:
+        settings: of the pretraining, but for the seed.
+        domain: the images.
+        student: encoder to distil into, if there is one.
+        labels: shares of labels.
+        fine_tuning: options of training on labels.
+        distillation: options of training on the teacher's predictions.
+    """
 
-def _share(
-    few: FewLabels,
-    run: Path,
-    saved: RunConfig[Any, Any],
-    student: str | None,
-    distillation: DistillationConfig,
-    folder: Path,
-) -> Scores:
-    """The stages of one share of labels."""
-    encoder = saved.domain_options.encoder
-    teacher = pretrained_classifier(run, saved, few.domain, few.labelled.num_classes, None, saved.trainer.seed)
-    scores = {
-        "from scratch": few.fine_tune(few.new_classifier(encoder), folder / "from-scratch"),
-        "linear probe": few.probe(teacher, folder / "linear-probe"),
-        "fine-tuned": few.fine_tune(teacher, folder / "fine-tuned"),
-        "distilled into itself": few.distil(
-            few.new_classifier(encoder), teacher, distillation, SELF_TEMPERATURE, folder / "self-distilled"
-        ),
-    }
-    if student is not None:
-        alone, taught = folder / "student-from-scratch", folder / "student-distilled"
-        scores["student from scratch"] = few.fine_tune(few.new_classifier(student), alone)
-        scores["distilled into the student"] = few.distil(
-            few.new_classifier(student), teacher, distillation, STUDENT_TEMPERATURE, taught
-        )
-    return scores
+    settings: RunConfig[Any, Any]
+    domain: ImageDomain
+    student: str | None
+    labels: tuple[float, ...]
+    fine_tuning: FineTuningConfig
+    distillation: DistillationConfig
+
+    def one_seed(self, seed: int, folder: Path) -> dict[str, Any]:
+        """All stages of a seed; the result by share of labels."""
+        settings = dataclasses.replace(self.settings, trainer=dataclasses.replace(self.settings.trainer, seed=seed))
+        run, domain = folder / PRETRAINING, self.domain
+        trained = run_stage(run, settings.flat(), lambda: pretrain(settings, run, resume=True))
+        result: dict[str, Any] = {"pretraining_seconds": round(trained["seconds"], 1), "labels": {}}
+        classes = None if domain.class_names is None else len(domain.class_names)
+        for share in self.labels:
+            labelled = draw_labelled(domain.labels, domain.train_rows, share, seed, classes)
+            few = FewLabels(domain, labelled, settings.trainer, self.fine_tuning)
+            teacher = pretrained_classifier(run, settings, domain, labelled.num_classes, None, seed)
+            scores = self._one_share(few, teacher, folder / f"labels-{share:g}")
+            result["labels"][f"{share:g}"] = {"labelled_images": len(labelled.rows), "scores": scores}
+            _say(seed, share, scores)
+        return result
+
+    def _one_share(self, few: FewLabels, teacher: Classifier, folder: Path) -> Scores:
+        encoder = self.settings.domain_options.encoder
+        scores = {
+            "from scratch": few.from_scratch(encoder, folder / "from-scratch"),
+            "linear probe": few.probe(teacher, folder / "linear-probe"),
+            "fine-tuned": few.fine_tune(teacher, folder / "fine-tuned"),
+        }
+        own, options = few.new_classifier(encoder), self.distillation
+        self_distilled = few.distil(own, teacher, options, SELF_TEMPERATURE, folder / "self-distilled")
+        scores["distilled into itself"] = self_distilled
+        if self.student is not None:
+            scores["student from scratch"] = few.from_scratch(self.student, folder / "student-from-scratch")
+            smaller = few.new_classifier(self.student)
+            taught = few.distil(smaller, teacher, options, STUDENT_TEMPERATURE, folder / "student-distilled")
+            scores["distilled into the student"] = taught
+        return scores
 
 
 def _say(seed: int, share: float, scores: Scores) -> None:
