@@ -79,6 +79,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden-dim", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=20, help="of the pretraining")
     parser.add_argument("--distillation-epochs", type=int, default=15)
+    parser.add_argument("--fine-tuning-batch-size", type=int, default=FineTuningConfig.batch_size)
+    parser.add_argument("--fine-tuning-crop-scale", type=float, help="by default as in pretraining")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder of the runs, to go on where a killed one was")
     options = parser.parse_args()
@@ -95,14 +97,14 @@ def main() -> None:
     data.mkdir(parents=True, exist_ok=True)
     first_images(options.data, options.images, data)
     write_recipe(options, data, recipe)
-    distillation = DistillationConfig(epochs=options.distillation_epochs)
+    crop_scale, batch_size = options.fine_tuning_crop_scale, options.fine_tuning_batch_size
     simclr_v2(
         config=str(recipe),
         student=options.student,
         seeds=options.seeds,
         output=output,
-        fine_tuning=FineTuningConfig(),
-        distillation=distillation,
+        fine_tuning=FineTuningConfig(batch_size=batch_size, crop_scale=crop_scale),
+        distillation=DistillationConfig(epochs=options.distillation_epochs),
     )
     seeds = json.loads((output / RESULT_FILE).read_text(encoding="utf-8"))["seeds"]
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "output")}
