@@ -76,8 +76,7 @@ def stage_plot(results: Sequence[dict[str, Any]]) -> bytes:
         deviations = [statistics.stdev(each) for each in values] if len(results) > 1 else None
         means = [statistics.mean(each) for each in values]
         axes.bar(places, means, width, yerr=deviations, capsize=3, color=COLOURS[stage], label=stage)
-    lowest = min(min(accuracies(results, share, stage)) for share in shares for stage in stages)
-    axes.set(ylabel="held-back accuracy", ylim=(max(0.0, lowest - 0.1), 1.0))
+    axes.set(ylabel="held-back accuracy", ylim=(0.0, 1.0))
     axes.set_xticks(range(len(shares)), [f"{float(share):.3g} of the labels" for share in shares])
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)

@@ -11,9 +11,7 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.runs import open_run
 from contrastive_mm.training import TrainerConfig
 from contrastive_mm.vision import few_labels
-from contrastive_mm.vision.distillation import (
-    DistillationConfig,
-)
+from contrastive_mm.vision.distillation import DistillationConfig
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
 from contrastive_mm.vision.few_labels import FewLabels
 from contrastive_mm.vision.fine_tune import pretrained_classifier
