@@ -1,94 +1,228 @@
-"""Image views on the device: the whole batch in one go, random for each image.
-
-Cropping, resizing and flipping are linear and separable, so one matrix for the rows and one for the columns does
-all three exactly as PIL's antialiased resize does; so does a Gaussian blur.
-"""
+"""Image views on the device: the whole batch in one go, random for each image."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import dataclasses
+import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
-from contrastive_mm.errors import UserError
+from contrastive_mm.errors import UserError, unknown_name
+from contrastive_mm.positives import Positives
 from contrastive_mm.views import RandomStream, Views
+from contrastive_mm.vision.blur import blur
+from contrastive_mm.vision.colour import jitter_, solarise, to_grey
+from contrastive_mm.vision.crops import crop_and_resize
+from contrastive_mm.vision.draws import Images, Plan, Squares, change_some_, draw_plan
+from contrastive_mm.vision.mixing import MIXINGS
+from contrastive_mm.vision.presets import NORMALISATIONS, PRESETS, Normalisation, Preset, Recipe, simclr_jitter
+from contrastive_mm.vision.randaugment import LARGEST_MAGNITUDE, OPERATIONS, rand_augment_
 
-Images = Float[Tensor, "batch channels height width"]
-Squares = Float[Tensor, "batch channels size size"]
+CACHED = 1 << 19
+"""Values of a part of a batch on a CPU: 2 MiB of floats."""
 
-RATIO = (3 / 4, 4 / 3)
-CROP_ATTEMPTS = 10
-LUMA = (0.2989, 0.587, 0.114)
+Pixels = UInt8[Tensor, "batch channels height width"] | Images
+
+PROBABILITIES = ("flip", "jitter", "greyscale", "blur", "solarise")
 
 
 @dataclass(frozen=True)
 class ImageViewConfig:
-    """Two views of each image, as in SimCLR (Chen et al. 2020, appendix A)."""
+    """Views of each image: a published augmentation by name, and what is to be different."""
 
-    crop_scale: float = 0.08
-    """Smallest share of the image's area that a crop takes; the largest is 1."""
-    flip: float = 0.5
+    augmentation: str = "simclr-cifar"
+    """simclr, simclr-v2, simclr-cifar, moco-v1, moco-v2, moco-v3, moco-cifar, byol, swav or swav-cifar; or
+    package.module:name, a Preset or Recipe of your own."""
+    crop_scale: float | None = None
+    """Smallest share of the image's area that a full view takes; the largest is 1. None, here and below: as the
+    augmentation has it."""
+    flip: float | None = None
     """Probability of mirroring. Set it to 0 where left and right differ, as in digits."""
-    jitter_strength: float = 0.5
-    """Colour jitter: 0.8 s for brightness, contrast and saturation, 0.2 s for hue (1 on ImageNet, 0.5 on CIFAR-10)."""
-    jitter: float = 0.8
+    jitter: float | None = None
     """Probability of the colour jitter."""
-    greyscale: float = 0.2
+    jitter_strength: float | None = None
+    """Colour jitter: 0.8 s for brightness, contrast and saturation, 0.2 s for hue (1 on ImageNet, 0.5 on CIFAR-10)."""
+    greyscale: float | None = None
     """Probability of taking the colour away."""
-    blur: float = 0.0
-    """Probability of Gaussian blur: 0.5 on ImageNet, none on small images (appendix B.9)."""
+    blur: float | None = None
+    """Probability of Gaussian blur."""
+    solarise: float | None = None
+    """Probability of inverting the brighter half of the grey levels."""
+    rand_augment: int | None = None
+    """Operations of RandAugment for each view, before the colours are changed."""
+    rand_augment_magnitude: int = 9
+    """How strong they are: 0 to 30."""
+    small_crops: int | None = None
+    """Small crops beside the two full views, for methods with multi-crop (SwAV)."""
+    small_size: int | None = None
+    """Side of a small crop in pixels."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Mix the first view of each image with another image of the batch; positives are soft then (i-Mix)."""
+    mix_alpha: float = 1.0
+    """The share that is left of the image itself comes from Beta(alpha, alpha)."""
+    mix_both: bool = False
+    """Mix the second view alike, which SupCon wants."""
+    normalisation: Literal["half", "none", "imagenet", "cifar10"] | None = None
+    """What values are brought to: half (-1 to 1), none (0 to 1), or mean 0 and deviation 1 on ImageNet or CIFAR-10."""
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "greyscale", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} = {getattr(self, name)}; a probability lies between 0 and 1.")
-        if not 0 < self.crop_scale <= 1:
+        for name in PROBABILITIES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"--{name} = {value}; a probability lies between 0 and 1.")
+        for name, low, high in (
+            ("rand_augment", 0, 10),
+            ("rand_augment_magnitude", 0, LARGEST_MAGNITUDE),
+            ("small_crops", 0, 64),
+            ("small_size", 4, 10_000),
+            ("jitter_strength", 0, 1.25),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} = {value}; it must lie between {low} and {high}.")
+        if self.crop_scale is not None and not 0 < self.crop_scale <= 1:
             raise UserError(f"--crop-scale = {self.crop_scale}; it must lie in (0, 1].")
-        if not 0 <= self.jitter_strength <= 1.25:
-            raise UserError(f"--jitter-strength = {self.jitter_strength}; it must lie in [0, 1.25].")
+        if not self.mix_alpha > 0:
+            raise UserError(f"--mix-alpha = {self.mix_alpha}; it must be above 0.")
+        if self.mix_both and self.mix == "none":
+            raise UserError("--mix-both has nothing to mix by: add --mix mixup or --mix cutmix.")
+
+    def preset(self) -> Preset:
+        """The augmentation with the changes.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        preset = find_preset(self.augmentation)
+        small = preset.small
+        if self.small_crops and small is None:
+            small = dataclasses.replace(preset.first, crop_scale=(0.05, preset.first.crop_scale[0] or 0.14))
+        return dataclasses.replace(
+            preset,
+            first=self._changed(preset.first, full=True),
+            second=None if preset.second is None else self._changed(preset.second, full=True),
+            small=None if small is None else self._changed(small, full=False),
+            small_crops=preset.small_crops if self.small_crops is None else self.small_crops,
+            normalisation=self.normalisation or preset.normalisation,
+        )
+
+    def _changed(self, recipe: Recipe, full: bool) -> Recipe:
+        changes: dict[str, Any] = {name: getattr(self, name) for name in PROBABILITIES}
+        if self.jitter_strength is not None:
+            changes["jitter_strengths"] = simclr_jitter(self.jitter_strength)
+        if self.rand_augment is not None:
+            changes["rand_augment"] = (self.rand_augment, self.rand_augment_magnitude)
+        if full and self.crop_scale is not None:
+            changes["crop_scale"] = (self.crop_scale, 1.0)
+        return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
+
+
+def find_preset(name: str) -> Preset:
+    """A published augmentation by name, or one of the user's own by ``package.module:name``.
+
+    Raises:
+        UserError: there is none, or it is neither a ``Preset`` nor a ``Recipe``.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if ":" not in name:
+        raise unknown_name("augmentation", name, PRESETS, "--augmentation")
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--augmentation {name} can't be found: {error}. Write package.module:name.") from error
+    if isinstance(found, Recipe):
+        return Preset(found)
+    if not isinstance(found, Preset):
+        raise UserError(f"--augmentation {name} is a {type(found).__name__}; it must be a Preset or a Recipe.")
+    return found
 
 
 class ImageViews:
-    """Makes two augmented views of a batch of images.
+    """Makes augmented views of a batch of images: two full ones, and small crops where they are asked for.
 
     The batch maps ``"image"`` to (B, C, H, W), uint8 in 0..255 or float in 0..1; ``"index"`` (B,), where given,
     becomes the sample ids and ``"label"`` (B,) the labels.
 
     Args:
-        size: side of the square views, in pixels.
-        config: which augmentations, how strong.
+        size: side of the square full views, in pixels.
+        config: which augmentations, how strong; or a ``Preset`` or ``Recipe`` of your own.
         seed: of the views' own random stream.
+
+    Raises:
+        UserError: no such augmentation, or small crops that are as large as the full views.
     """
 
-    def __init__(self, size: int, config: ImageViewConfig | None = None, seed: int = 0) -> None:
+    def __init__(self, size: int, config: ImageViewConfig | Preset | Recipe | None = None, seed: int = 0) -> None:
         self.size = size
-        self.config = config or ImageViewConfig()
+        if isinstance(config, Preset | Recipe):
+            self.config = ImageViewConfig()
+            self.preset = config if isinstance(config, Preset) else Preset(config)
+        else:
+            self.config = config or ImageViewConfig()
+            self.preset = self.config.preset()
+        self.small_size = self.config.small_size or max(4, round(self.preset.small_share * size))
+        if self.preset.small_crops and self.small_size >= size:
+            raise UserError(
+                f"--small-size = {self.small_size}, but full views have a side of {size}; small crops must be smaller."
+            )
         self.stream = RandomStream(seed)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Views:
-        """Two views of each image, normalised to about [-1, 1]."""
-        images = to_float(batch["image"])
+        """The views of each image, normalised."""
+        images, preset = batch["image"], self.preset
+        first, second = self.augment(images), self.augment(images, preset.second)
+        small = [self.augment(images, preset.small, self.small_size) for _ in range(preset.small_crops)]
+        positives = None
+        if self.config.mix != "none":
+            generator = self.stream.on(images.device)
+            mixing = MIXINGS[self.config.mix].draw(first.shape, self.config.mix_alpha, generator)
+            first = mixing.apply(first)
+            second = mixing.apply(second) if self.config.mix_both else second
+            positives = Positives.mixed(mixing.partner, mixing.share)
         return Views(
-            (self.augment(images), self.augment(images)),
+            (first, second, *small),
+            num_global=2,
             sample_ids=batch.get("index"),
             labels=batch.get("label"),
+            positives=positives,
         )
 
-    def augment(self, images: Images) -> Squares:
-        """One random view of each image: (B, C, H, W) in 0..1 to (B, C, size, size), normalised."""
-        config, generator = self.config, self.stream.on(images.device)
-        views = random_resized_crop(images, self.size, config.crop_scale, config.flip, generator)
-        if images.shape[1] == 3:
-            strength = config.jitter_strength
-            views = _on_some(views, config.jitter, generator, lambda x: colour_jitter(x, strength, generator))
-            views = _on_some(views, config.greyscale, generator, lambda x: to_grey(x).expand_as(x))
-        views = _on_some(views, config.blur, generator, lambda x: random_blur(x, generator))
-        return normalise(views)
+    def augment(self, images: Pixels, recipe: Recipe | None = None, size: int | None = None) -> Squares:
+        """One random view of each image, normalised.
+
+        Args:
+            images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
+            recipe: what is done; by default the first view's.
+            size: side of the view in pixels; by default the full views'.
+
+        Returns:
+            (B, C, size, size).
+        """
+        recipe, size = recipe or self.preset.first, size or self.size
+        count, channels, height, width = images.shape
+        plan = draw_plan(recipe, count, height, width, len(OPERATIONS), self.stream.on(torch.device("cpu")))
+        # In parts that stay in a core's cache, where every change reads and writes them.
+        part = count if images.device.type != "cpu" else max(1, CACHED // (channels * size * size))
+        made: Tensor | None = None
+        for start in range(0, count, part):
+            rows = slice(start, start + part)
+            views = make_view(images[rows], recipe, plan.part(rows), size)
+            if recipe.own is not None:
+                views = recipe.own(views, self.stream.on(images.device))
+            if made is None:
+                made = views.new_empty(count, channels, size, size)
+            normalise(views, self.preset.normalisation, out=made[rows])
+        return images.new_empty(0, channels, size, size).float() if made is None else made
+
+    def plain(self, images: Pixels) -> Squares:
+        """The view that evaluation uses: the whole image, normalised as the views are."""
+        return plain_view(images, self.size, self.preset.normalisation)
 
     def state_dict(self) -> dict[str, Any]:
         """The random stream's state."""
@@ -99,196 +233,44 @@ class ImageViews:
         self.stream.load_state_dict(state)
 
 
-def to_float(images: UInt8[Tensor, "batch channels height width"] | Images) -> Images:
-    """Bring uint8 images in 0..255 to floats in 0..1; floats stay."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
-
-
-def normalise(images: Images) -> Images:
-    """Map 0..1 to -1..1."""
-    return images * 2 - 1
-
-
-def plain_view(images: UInt8[Tensor, "batch channels height width"], size: int) -> Squares:
-    """The view that evaluation uses: resized without cropping, normalised."""
-    whole = torch.tensor([[0.0, 0.0, images.shape[2], images.shape[3]]], device=images.device)
-    return normalise(crop_and_resize(to_float(images), whole.expand(len(images), 4), size))
-
-
-def _on_some(
-    images: Images, probability: float, generator: torch.Generator, change: Callable[[Images], Images]
-) -> Images:
-    """Apply a change to each image with a probability; the work is done for the chosen ones only."""
-    if probability == 0:
-        return images
-    chosen = torch.rand(len(images), generator=generator, device=images.device) < probability
-    rows = chosen.nonzero().flatten()
-    if len(rows) == 0:
-        return images
-    return images.index_copy(0, rows, change(images[rows]))
-
-
-def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Float[Tensor, " count"]:
-    return torch.rand(count, generator=generator, device=generator.device) * (high - low) + low
-
-
-def random_boxes(
-    count: int, height: int, width: int, min_scale: float, generator: torch.Generator
-) -> Float[Tensor, "count 4"]:
-    """Crop boxes (top, left, height, width) in whole pixels, drawn as torchvision's RandomResizedCrop draws them.
-
-    Area uniform in [min_scale, 1] of the image, the logarithm of the aspect ratio uniform in [3/4, 4/3]; the
-    first of ten draws that fits inside the image counts, else the largest central box of an allowed ratio.
-    """
-    drawn = count * CROP_ATTEMPTS
-    area = height * width * _uniform(drawn, min_scale, 1.0, generator)
-    ratio = _uniform(drawn, math.log(RATIO[0]), math.log(RATIO[1]), generator).exp()
-    box_w = (area * ratio).sqrt().round().view(count, CROP_ATTEMPTS)
-    box_h = (area / ratio).sqrt().round().view(count, CROP_ATTEMPTS)
-    fits = (box_w >= 1) & (box_h >= 1) & (box_w <= width) & (box_h <= height)
-    first = fits.int().argmax(dim=1, keepdim=True)
-    box_w, box_h = box_w.gather(1, first).flatten(), box_h.gather(1, first).flatten()
-    found = fits.any(dim=1)
-    box_w = torch.where(found, box_w, torch.full_like(box_w, min(width, round(height * RATIO[1]))))
-    box_h = torch.where(found, box_h, torch.full_like(box_h, min(height, round(width / RATIO[0]))))
-    place_y, place_x = _uniform(count, 0, 1, generator), _uniform(count, 0, 1, generator)
-    place_y, place_x = place_y.where(found, 0.5), place_x.where(found, 0.5)
-    top = (place_y * (height - box_h + 1)).floor().clamp(max=height - box_h)
-    left = (place_x * (width - box_w + 1)).floor().clamp(max=width - box_w)
-    return torch.stack([top, left, box_h, box_w], dim=1)
-
-
-def resize_matrix(
-    start: Float[Tensor, " batch"], length: Float[Tensor, " batch"], source: int, target: int
-) -> Float[Tensor, "batch target source"]:
-    """Weights that resize the stretch [start, start + length) of ``source`` pixels to ``target`` pixels.
-
-    The triangle filter of PIL's antialiased bilinear resize: as wide as the shrinking factor, at least one
-    pixel, cut at the stretch's ends, rows summing to 1.
-    """
-    scale = (length / target)[:, None, None]
-    place = torch.arange(target, device=start.device) + 0.5
-    centre = start[:, None, None] + place[None, :, None] * scale
-    pixel = torch.arange(source, device=start.device)[None, None, :] + 0.5
-    weight = (1 - (pixel - centre).abs() / scale.clamp_min(1.0)).clamp_min(0.0)
-    begin, end = start[:, None, None], (start + length)[:, None, None]
-    weight = weight * ((pixel > begin) & (pixel < end))
-    return weight / weight.sum(dim=2, keepdim=True)
-
-
-def crop_and_resize(
-    images: Images,
-    boxes: Float[Tensor, "batch 4"],
-    size: int,
-    mirrored: Bool[Tensor, " batch"] | None = None,
-) -> Squares:
-    """Crop each image to its box (top, left, height, width), resize to (size, size), mirror where asked."""
-    rows = resize_matrix(boxes[:, 0], boxes[:, 2], images.shape[2], size)
-    columns = resize_matrix(boxes[:, 1], boxes[:, 3], images.shape[3], size)
-    if mirrored is not None:
-        columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
-    return rows[:, None] @ images @ columns[:, None].transpose(2, 3)
-
-
-def random_resized_crop(
-    images: Images, size: int, min_scale: float, flip: float, generator: torch.Generator
-) -> Squares:
-    """Random crop, resize and mirror of each image."""
-    count, _, height, width = images.shape
-    boxes = random_boxes(count, height, width, min_scale, generator)
-    mirrored = _uniform(count, 0, 1, generator) < flip
-    return crop_and_resize(images, boxes, size, mirrored)
-
-
-def to_grey(images: Images) -> Float[Tensor, "batch 1 height width"]:
-    """Luminance (ITU-R 601), as PIL and torchvision compute it."""
-    weights = torch.tensor(LUMA, device=images.device, dtype=images.dtype)
-    return (images * weights[:, None, None]).sum(dim=1, keepdim=True)
-
-
-def _blend(images: Images, other: Tensor, factor: Float[Tensor, " batch"]) -> Images:
-    share = factor[:, None, None, None]
-    return (share * images + (1 - share) * other).clamp(0, 1)
-
-
-def adjust_brightness(images: Images, factor: Float[Tensor, " batch"]) -> Images:
-    """Scale each image's values by its factor."""
-    return (images * factor[:, None, None, None]).clamp(0, 1)
-
-
-def adjust_contrast(images: Images, factor: Float[Tensor, " batch"]) -> Images:
-    """Blend each image with the mean of its luminance."""
-    return _blend(images, to_grey(images).mean(dim=(1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(images: Images, factor: Float[Tensor, " batch"]) -> Images:
-    """Blend each image with its grey form."""
-    return _blend(images, to_grey(images), factor)
-
-
-def adjust_hue(images: Images, shift: Float[Tensor, " batch"]) -> Images:
-    """Turn each image's hue by a share of the colour circle, exactly, in HSV.
-
-    The value and the chroma of a pixel stay and only its place on the circle moves, so each channel comes
-    straight from the shifted hue: ``v - c * clamp(min(k, 4 - k), 0, 1)`` with ``k = (n + 6 h) mod 6``, n = 5, 3, 1.
-    """
-    value, lead = images.max(dim=1)
-    chroma = value - images.min(dim=1).values
-    red, green, blue = images.unbind(dim=1)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    sector = torch.where(
-        lead == 0,
-        (green - blue) / safe,
-        torch.where(lead == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    hue = sector + 6 * shift[:, None, None]
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device)[None, :, None, None]
-    place = (offsets + hue[:, None]) % 6
-    fall = torch.minimum(place, 4 - place).clamp(0, 1)
-    return value[:, None] - chroma[:, None] * fall
-
-
-def colour_jitter(images: Images, strength: float, generator: torch.Generator) -> Images:
-    """Brightness, contrast, saturation and hue, each image with its own factors in its own order.
+def make_view(images: Tensor, recipe: Recipe, plan: Plan, size: int) -> Squares:
+    """One view of each image, in 0..1, as it was drawn; what is about colours is left out where there is one channel.
 
     Args:
-        images: (B, 3, H, W) in 0..1.
-        strength: s of SimCLR: factors in [1 - 0.8 s, 1 + 0.8 s] (not below 0), hue in [-0.2 s, 0.2 s].
-        generator: random source on the images' device.
+        images: (B, C, H, W), uint8 in 0..255 or float in 0..1.
+        recipe: of which the plan was drawn.
+        plan: what is done to each image.
+        size: side of the views.
     """
-    count = len(images)
-    low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
-    changes = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-    factors = [_uniform(count, low, high, generator) for _ in range(3)]
-    factors.append(_uniform(count, -0.2 * strength, 0.2 * strength, generator))
-    order: Int[Tensor, "batch 4"] = torch.rand(count, len(changes), generator=generator, device=images.device).argsort(
-        dim=1
-    )
-    for turn in range(len(changes)):
-        for number, (change, factor) in enumerate(zip(changes, factors, strict=True)):
-            rows = (order[:, turn] == number).nonzero().flatten()
-            if len(rows):
-                images = images.index_copy(0, rows, change(images[rows], factor[rows]))
-    return images
+    views = crop_and_resize(images, plan.boxes, size, plan.mirrored)
+    if views.shape[1] == 3:
+        rand_augment_(views, plan.operations, plan.signs, recipe.rand_augment[1])
+        if recipe.greyscale_first:
+            change_some_(views, plan.grey, lambda some, rows: to_grey(some).expand_as(some))
+        jitter_(views, plan.jittered, plan.factors, plan.order)
+        if not recipe.greyscale_first:
+            change_some_(views, plan.grey, lambda some, rows: to_grey(some).expand_as(some))
+    change_some_(views, plan.blurred, lambda some, rows: blur(some, plan.sigma[rows]))
+    change_some_(views, plan.solarised, lambda some, rows: solarise(some))
+    return views
 
 
-def blur_matrix(sigma: Float[Tensor, " batch"], size: int, radius: int) -> Float[Tensor, "batch size size"]:
-    """Weights of a Gaussian blur along one axis of ``size`` pixels, mirrored at the borders."""
-    offsets = torch.arange(-radius, radius + 1, device=sigma.device)
-    kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).exp()
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    place = torch.arange(size, device=sigma.device)[:, None] + offsets
-    mirrored = (size - 1) - ((size - 1) - place.abs()).abs()
-    spread = torch.zeros(len(offsets), size, size, device=sigma.device)
-    spread.scatter_(2, mirrored.T[:, :, None], 1.0)
-    return torch.einsum("bk,kij->bij", kernel, spread)
+def normalise(images: Images, normalisation: Normalisation = "half", out: Tensor | None = None) -> Images:
+    """Take the mean off and divide by the deviation, channel by channel; into ``out``, if it is given.
+
+    Raises:
+        UserError: the normalisation is of three channels, and the images have another number.
+    """
+    mean, deviation = (images.new_tensor(values) for values in NORMALISATIONS[normalisation])
+    if len(mean) not in (1, images.shape[1]):
+        raise UserError(
+            f"The normalisation {normalisation!r} is of {len(mean)} channels, but the images have {images.shape[1]}: "
+            "take --normalisation half."
+        )
+    return torch.addcmul((-mean / deviation)[:, None, None], images, (1 / deviation)[:, None, None], out=out)
 
 
-def random_blur(images: Images, generator: torch.Generator) -> Images:
-    """Gaussian blur, sigma uniform in [0.1, 2] pixels, a kernel of a tenth of the image (SimCLR, appendix A)."""
-    sigma = _uniform(len(images), 0.1, 2.0, generator)
-    height, width = images.shape[2:]
-    radius = max(1, min(height, width) // 20)
-    rows = blur_matrix(sigma, height, radius)[:, None]
-    columns = blur_matrix(sigma, width, radius)[:, None]
-    return rows @ images @ columns.transpose(2, 3)
+def plain_view(images: Pixels, size: int, normalisation: Normalisation = "half") -> Squares:
+    """The view that evaluation uses: resized without cropping, normalised."""
+    whole = torch.tensor([[0.0, 0.0, images.shape[2], images.shape[3]]], device=images.device)
+    return normalise(crop_and_resize(images, whole.expand(len(images), 4), size), normalisation)

@@ -151,7 +151,7 @@ class ImageDomain:
         if encoder is None:
             side = min(self.image_size, RAW_SIDE)
             return torch.cat([plain_view(self.images.read(chunk), side).flatten(1) for chunk in chunks])
-        plain = (plain_view(self.images.read(chunk), self.image_size) for chunk in chunks)
+        plain = (self.make_views.plain(self.images.read(chunk)) for chunk in chunks)
         return extract_features(encoder, plain)
 
 

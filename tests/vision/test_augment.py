@@ -4,19 +4,22 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.augment import (
-    ImageViewConfig,
-    ImageViews,
+from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, plain_view
+from contrastive_mm.vision.blur import blur
+from contrastive_mm.vision.colour import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
-    blur_matrix,
-    crop_and_resize,
-    plain_view,
-    random_boxes,
+    adjust_sharpness,
+    autocontrast,
+    equalise,
+    posterise,
+    solarise,
     to_grey,
 )
+from contrastive_mm.vision.crops import crop_and_resize
+from contrastive_mm.vision.draws import random_boxes
 
 
 def pictures(count=4, height=40, width=52, seed=0):
@@ -33,17 +36,20 @@ def test_crop_and_resize_is_pils_to_one_grey_level(box, size):
     images = pictures()
     boxes = torch.tensor([box] * len(images)).float()
     mine = crop_and_resize(images.float() / 255, boxes, size)
-    for picture, got in zip(images, mine, strict=True):
+    of_bytes = crop_and_resize(images, boxes, size)
+    for picture, *both in zip(images, mine, of_bytes, strict=True):
         pil = TF.resized_crop(TF.to_pil_image(picture), *box, [size, size], InterpolationMode.BILINEAR)
         # PIL rounds to whole grey levels after each of its two passes.
-        assert float((TF.to_tensor(pil) - got).abs().max()) <= 1.01 / 255
+        for got in both:
+            assert float((TF.to_tensor(pil) - got).abs().max()) <= 1.01 / 255
 
 
-def test_mirrored_rows_are_mirrored_and_others_are_not():
-    images = pictures(2).float() / 255
+@pytest.mark.parametrize("size", [16, 64])
+def test_mirrored_rows_are_mirrored_and_others_are_not(size):
+    images = pictures(2)
     boxes = torch.tensor([[2.0, 3.0, 30.0, 40.0]] * 2)
-    plain = crop_and_resize(images, boxes, 16)
-    mixed = crop_and_resize(images, boxes, 16, torch.tensor([True, False]))
+    plain = crop_and_resize(images, boxes, size)
+    mixed = crop_and_resize(images, boxes, size, torch.tensor([True, False]))
     torch.testing.assert_close(mixed[0], plain[0].flip(2))
     torch.testing.assert_close(mixed[1], plain[1])
 
@@ -53,6 +59,7 @@ COLOUR = [
     (adjust_contrast, TF.adjust_contrast, [0.2, 1.0, 1.7, 0.6]),
     (adjust_saturation, TF.adjust_saturation, [0.0, 1.0, 1.7, 0.6]),
     (adjust_hue, TF.adjust_hue, [-0.2, 0.0, 0.1, 0.5]),
+    (adjust_sharpness, TF.adjust_sharpness, [0.0, 1.0, 1.9, 0.1]),
 ]
 
 
@@ -65,23 +72,54 @@ def test_colour_is_torchvisions_with_a_factor_for_each_image(mine, torchvision, 
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
+def per_image(change, images, factors):
+    """What torchvision makes of each image, in 0..1."""
+    return torch.stack([change(image, factor) for image, factor in zip(images, factors, strict=True)]).float() / 255
+
+
+LEVELS = [(solarise, TF.solarize, [0.0, 100.0, 128.0, 255.0]), (posterise, TF.posterize, [0, 1, 4, 8])]
+
+
+@pytest.mark.parametrize(("mine", "torchvision", "factors"), LEVELS)
+def test_changes_of_grey_levels_are_torchvisions(mine, torchvision, factors):
+    images = pictures()
+    got = mine(images.float() / 255, torch.tensor(factors))
+    torch.testing.assert_close(got, per_image(torchvision, images, factors), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("mine", "torchvision"), [(autocontrast, TF.autocontrast), (equalise, TF.equalize)])
+def test_changes_by_the_histogram_are_torchvisions(mine, torchvision):
+    images = pictures()
+    images[0, :, :, :] //= 4
+    images[1, 0] = 7  # a channel of one value
+    images[2] = images[2] // 100 * 100  # three values
+    got = mine(images.float() / 255)
+    torch.testing.assert_close(got, torchvision(images).float() / 255, atol=1.01 / 255, rtol=0)
+
+
+def test_an_image_of_two_pixels_is_not_sharpened():
+    tiny = pictures(2, 8, 8)[:, :, :2, :2].float() / 255
+    assert torch.equal(adjust_sharpness(tiny, torch.tensor([0.1, 1.9])), tiny)
+
+
 def test_grey_is_torchvisions():
     images = pictures().float() / 255
     torch.testing.assert_close(to_grey(images), TF.rgb_to_grayscale(images), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_is_torchvisions(sigma):
-    images, radius = pictures().float() / 255, 3
-    rows = blur_matrix(torch.tensor([sigma]), 40, radius)[:, None]
-    columns = blur_matrix(torch.tensor([sigma]), 52, radius)[:, None]
-    expected = TF.gaussian_blur(images, [2 * radius + 1] * 2, [sigma] * 2)
-    torch.testing.assert_close(rows @ images @ columns.transpose(2, 3), expected, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("radius", [1, 3, 11])
+@pytest.mark.parametrize("height", [12, 40, 96])
+def test_blur_is_torchvisions_with_a_width_for_each_image(height, radius):
+    images, sigmas = pictures(3, height, 52).float() / 255, [0.1, 0.7, 2.0]
+    expected = [
+        TF.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2) for image, sigma in zip(images, sigmas, strict=True)
+    ]
+    torch.testing.assert_close(blur(images, torch.tensor(sigmas), radius), torch.stack(expected), atol=1e-5, rtol=0)
 
 
 def test_boxes_are_distributed_as_torchvisions(generator):
     height, width, count = 60, 90, 3000
-    mine = random_boxes(count, height, width, 0.1, generator)
+    mine = random_boxes(count, height, width, (0.1, 1.0), generator)
     image = torch.zeros(3, height, width)
     theirs = torch.tensor(
         [RandomResizedCrop.get_params(image, [0.1, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
@@ -95,7 +133,7 @@ def test_boxes_are_distributed_as_torchvisions(generator):
 
 
 def test_a_picture_too_narrow_for_any_draw_gives_its_middle(generator):
-    boxes = random_boxes(50, 100, 5, 0.9, generator)
+    boxes = random_boxes(50, 100, 5, (0.9, 1.0), generator)
     assert (boxes[:, 3] == 5).all()
     assert set(boxes[:, 2].tolist()) == {7.0}, "5 wide at the ratio 3/4"
     assert set(boxes[:, 0].tolist()) == {47.0}

@@ -6,8 +6,10 @@ import pytest
 import torch
 from test_augment import pictures
 
-from contrastive_mm.vision import augment
-from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, colour_jitter, random_blur
+from contrastive_mm.vision import colour as colours
+from contrastive_mm.vision.augment import ImageViewConfig, ImageViews
+from contrastive_mm.vision.draws import draw_jitter
+from contrastive_mm.vision.presets import Preset, Recipe, simclr_jitter
 
 COPIES = 64
 OFF = {"crop_scale": 1.0, "flip": 0.0, "jitter": 0.0, "greyscale": 0.0, "blur": 0.0}
@@ -23,11 +25,26 @@ def kinds(images):
     return len(torch.unique(images.flatten(1), dim=0))
 
 
-def only(monkeypatch, colour):
+def replace_changes(monkeypatch, changes):
+    monkeypatch.setattr(colours, "CHANGES", tuple(changes))
+
+
+def only(monkeypatch, colour, change=None):
     """Switch the other three colour changes off."""
-    for other in COLOURS:
-        if other != colour:
-            monkeypatch.setattr(augment, f"adjust_{other}", lambda images, factor: images)
+    own = change or getattr(colours, f"adjust_{colour}")
+    replace_changes(monkeypatch, [own if name == colour else lambda images, factor: images for name in COLOURS])
+
+
+def colour_jitter(images, strengths, generator):
+    images = images.clone()
+    colours.jitter_(images, torch.ones(len(images), dtype=torch.bool), *draw_jitter(len(images), strengths, generator))
+    return images
+
+
+def random_blur(images):
+    """The blur alone, of images that fill their views."""
+    recipe = Recipe((1.0, 1.0), flip=0.0, jitter=0.0, greyscale=0.0, blur=1.0)
+    return ImageViews(images.shape[-1], Preset(recipe, normalisation="none")).augment(images)
 
 
 def test_nothing_is_random_with_everything_off():
@@ -57,15 +74,14 @@ def test_a_flip_mirrors_left_and_right():
 @pytest.mark.parametrize("colour", COLOURS)
 def test_each_image_has_a_factor_of_its_own_for_each_colour(monkeypatch, colour, generator):
     only(monkeypatch, colour)
-    assert kinds(colour_jitter(copies(), 0.5, generator)) > 0.8 * COPIES
+    assert kinds(colour_jitter(copies(), simclr_jitter(0.5), generator)) > 0.8 * COPIES
 
 
 @pytest.mark.parametrize("colour", COLOURS)
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0, 1.25])
 def test_factors_fill_the_range_that_the_strength_gives(monkeypatch, colour, strength, generator):
-    only(monkeypatch, colour)
-    monkeypatch.setattr(augment, f"adjust_{colour}", lambda images, factor: images * 0 + factor[:, None, None, None])
-    drawn = colour_jitter(copies(2000, 4, 4), strength, generator)[:, 0, 0, 0]
+    only(monkeypatch, colour, lambda images, factor: images * 0 + factor[:, None, None, None])
+    drawn = colour_jitter(copies(2000, 4, 4), simclr_jitter(strength), generator)[:, 0, 0, 0]
     low, high = (max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength) if colour != "hue" else (-0.2 * strength,) * 2
     high = 0.2 * strength if colour == "hue" else high
     slack = 0.02 * (high - low) + 1e-6
@@ -85,10 +101,9 @@ def test_the_strength_of_the_options_reaches_the_jitter():
 
 def test_all_orders_of_the_colour_changes_come_up_equally_often(monkeypatch, generator):
     # Maps of which no two orders give the same: the result tells the order.
-    for number, colour in enumerate(COLOURS):
-        monkeypatch.setattr(augment, f"adjust_{colour}", lambda images, factor, n=number: images * (n + 2) + 7**n)
+    replace_changes(monkeypatch, [lambda images, factor, n=number: images * (n + 2) + 7**n for number in range(4)])
     count = 2400
-    ends = colour_jitter(torch.zeros(count, 3, 2, 2), 0.5, generator)[:, 0, 0, 0]
+    ends = colour_jitter(torch.zeros(count, 3, 2, 2), simclr_jitter(0.5), generator)[:, 0, 0, 0]
     orders, counts = ends.unique(return_counts=True)
     assert len(orders) == math.factorial(4)
     expected = count / 24
@@ -96,17 +111,17 @@ def test_all_orders_of_the_colour_changes_come_up_equally_often(monkeypatch, gen
 
 
 @pytest.mark.parametrize("size", [10, 40, 100, 224])
-def test_the_kernel_of_the_blur_is_a_tenth_of_the_image(size, generator):
+def test_the_kernel_of_the_blur_is_a_tenth_of_the_image(size):
     impulse = torch.zeros(8, 1, size, size)
     impulse[:, :, size // 2, size // 2] = 1
-    reached = random_blur(impulse, generator).amax(dim=(0, 1, 2)) > 0
+    reached = random_blur(impulse).amax(dim=(0, 1, 2)) > 0
     assert int(reached.sum()) == max(3, 2 * (size // 20) + 1)
 
 
-def test_the_blurs_sigma_is_uniform_from_a_tenth_to_two_pixels(generator):
+def test_the_blurs_sigma_is_uniform_from_a_tenth_to_two_pixels():
     lines = torch.zeros(200, 1, 200, 200)
     lines[:, :, 100] = 1  # a line across: only the blur along the height changes it
-    profile = random_blur(lines, generator)[:, 0, :, 100]
+    profile = random_blur(lines)[:, 0, :, 100]
     sigma = (profile * (torch.arange(200) - 100.0) ** 2).sum(dim=1).sqrt()
     assert float(sigma.max()) == pytest.approx(2.0, abs=0.1)
     assert float(sigma.median()) == pytest.approx(1.05, abs=0.2)

@@ -1,0 +1,124 @@
+"""Published augmentations by name, each from its paper's appendix or released code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Jitter: TypeAlias = tuple[float, float, float, float]
+"""Strengths of brightness, contrast, saturation and hue."""
+
+Change: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
+"""An augmentation of one's own: (B, C, H, W) images in 0..1 and a random source on their device to changed images."""
+
+Normalisation: TypeAlias = Literal["half", "none", "imagenet", "cifar10"]
+
+NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "half": ((0.5,), (0.5,)),
+    "none": ((0.0,), (1.0,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+"""Mean and standard deviation by channel that values in 0..1 are brought to; ``half`` gives -1..1."""
+
+
+def simclr_jitter(strength: float) -> Jitter:
+    """SimCLR's colour distortion of strength s (Chen et al. 2020, appendix A): 0.8 s three times, and 0.2 s."""
+    return 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to an image to make one kind of view, in this order.
+
+    Attributes:
+        crop_scale: smallest and largest share of the image's area that a crop takes.
+        flip: probability of mirroring.
+        rand_augment: operations of RandAugment, and their magnitude (0 to 30).
+        jitter: probability of the colour jitter.
+        jitter_strengths: see ``Jitter``.
+        greyscale: probability of taking the colour away.
+        greyscale_first: whether that comes before the jitter.
+        blur: probability of Gaussian blur.
+        solarise: probability of inverting the brighter half of the grey levels.
+        own: what else is to be done, last; knowledge of a field goes here.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    flip: float = 0.5
+    rand_augment: tuple[int, int] = (0, 9)
+    jitter: float = 0.8
+    jitter_strengths: Jitter = (0.8, 0.8, 0.8, 0.2)
+    greyscale: float = 0.2
+    greyscale_first: bool = False
+    blur: float = 0.5
+    solarise: float = 0.0
+    own: Change | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Which views of an image are made.
+
+    Attributes:
+        first: recipe of the first full view.
+        second: recipe of the second one; by default the first's.
+        small: recipe of small crops (multi-crop).
+        small_crops: how many of them.
+        small_share: side of a small crop as a share of a full view's.
+        normalisation: how values are scaled at the end.
+    """
+
+    first: Recipe = dataclasses.field(default_factory=Recipe)
+    second: Recipe | None = None
+    small: Recipe | None = None
+    small_crops: int = 0
+    small_share: float = 96 / 224
+    normalisation: Normalisation = "half"
+
+
+_CIFAR = Recipe(jitter_strengths=simclr_jitter(0.5), blur=0.0)
+_MOCO_V2 = Recipe(crop_scale=(0.2, 1.0), jitter_strengths=(0.4, 0.4, 0.4, 0.1))
+_BYOL = Recipe(jitter_strengths=(0.4, 0.4, 0.2, 0.1), blur=1.0)
+_SWAV = Recipe(crop_scale=(0.14, 1.0))
+
+PRESETS: dict[str, Preset] = {
+    # Chen et al. 2020, appendix A; the released code brings values to 0..1 and leaves the rest to BatchNorm.
+    "simclr": Preset(),
+    # Chen et al. 2020b, section 2.1: "the same"; strength 1 and blur in the released code.
+    "simclr-v2": Preset(),
+    # Chen et al. 2020, appendix B.9: strength 0.5, no blur.
+    "simclr-cifar": Preset(_CIFAR),
+    # He et al. 2020, section 3.3 and the released code (main_moco.py without --aug-plus), which are NPID's.
+    "moco-v1": Preset(
+        Recipe((0.2, 1.0), jitter=1.0, jitter_strengths=(0.4, 0.4, 0.4, 0.4), greyscale_first=True, blur=0.0),
+        normalisation="imagenet",
+    ),
+    # Chen et al. 2020c, and the released code (main_moco.py --aug-plus).
+    "moco-v2": Preset(_MOCO_V2, normalisation="imagenet"),
+    # Chen et al. 2021, the released code (main_moco.py): BYOL's two recipes.
+    "moco-v3": Preset(_BYOL, dataclasses.replace(_BYOL, blur=0.1, solarise=0.2), normalisation="imagenet"),
+    # The authors' CIFAR-10 notebook (moco_cifar10_demo).
+    "moco-cifar": Preset(_CIFAR, normalisation="cifar10"),
+    # Grill et al. 2020, appendix B, table 6.
+    "byol": Preset(_BYOL, dataclasses.replace(_BYOL, blur=0.1, solarise=0.2), normalisation="imagenet"),
+    # Caron et al. 2020, appendix A and the released code: 2 x 224 and 6 x 96.
+    "swav": Preset(
+        _SWAV,
+        small=dataclasses.replace(_SWAV, crop_scale=(0.05, 0.14)),
+        small_crops=6,
+        normalisation="imagenet",
+    ),
+    # SimCLR's for small images, with SwAV's shares of small crops; no publication gives one.
+    "swav-cifar": Preset(
+        dataclasses.replace(_CIFAR, crop_scale=(0.14, 1.0)),
+        small=dataclasses.replace(_CIFAR, crop_scale=(0.05, 0.14)),
+        small_crops=6,
+        small_share=0.5,
+    ),
+}
