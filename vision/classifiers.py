@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.evaluation import extract_features, linear_probe_accuracy
-from contrastive_mm.vision.augment import plain_view
 from contrastive_mm.vision.labelled import Labelled
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def image_outputs(
 ) -> Float[Tensor, "images outputs"]:
     """What a module, in eval mode, says of whole images."""
     chunks = rows.split(EVALUATION_BATCH)
-    return extract_features(module, (plain_view(domain.images.read(chunk), domain.image_size) for chunk in chunks))
+    return extract_features(module, (domain.make_views.plain(domain.images.read(chunk)) for chunk in chunks))
 
 
 def held_back(domain: ImageDomain) -> tuple[Int[Tensor, " images"], Int[Tensor, " images"]]:

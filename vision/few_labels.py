@@ -138,7 +138,7 @@ class FewLabels:
         return {"data": self.domain.config.data, "labelled": fingerprint(rows), "images": len(self.domain.train_rows)}
 
     def _views(self) -> LightViews:
-        usual, own = self.domain.config.views, self.options
-        crop_scale = usual.crop_scale if own.crop_scale is None else own.crop_scale
-        flip = usual.flip if own.flip is None else own.flip
-        return LightViews(self.domain.image_size, crop_scale, flip, self.base.seed)
+        preset, own = self.domain.make_views.preset, self.options
+        crop_scale = preset.first.crop_scale[0] if own.crop_scale is None else own.crop_scale
+        flip = preset.first.flip if own.flip is None else own.flip
+        return LightViews(self.domain.image_size, crop_scale, flip, self.base.seed, preset.normalisation)

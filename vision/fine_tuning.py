@@ -14,9 +14,10 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.methods.base import Method, Objective
 from contrastive_mm.methods.options import MethodOptions
 from contrastive_mm.training import TrainerConfig
-from contrastive_mm.views import RandomStream, Views
-from contrastive_mm.vision.augment import normalise, random_resized_crop, to_float
+from contrastive_mm.views import Views
+from contrastive_mm.vision.augment import ImageViews
 from contrastive_mm.vision.classifiers import Classifier
+from contrastive_mm.vision.presets import Normalisation, Preset, Recipe
 
 
 @dataclass(frozen=True)
@@ -106,23 +107,29 @@ class LightViews:
         crop_scale: smallest share of the image's area that a crop takes; the largest is 1.
         flip: probability of mirroring.
         seed: of the views' own random stream.
+        normalisation: what values are brought to; as in pretraining.
     """
 
-    def __init__(self, size: int, crop_scale: float = 0.08, flip: float = 0.5, seed: int = 0) -> None:
-        self.size, self.crop_scale, self.flip = size, crop_scale, flip
-        self.stream = RandomStream(seed)
+    def __init__(
+        self,
+        size: int,
+        crop_scale: float = 0.08,
+        flip: float = 0.5,
+        seed: int = 0,
+        normalisation: Normalisation = "half",
+    ) -> None:
+        self.crop_scale, self.flip = crop_scale, flip
+        light = Recipe(crop_scale=(crop_scale, 1.0), flip=flip, jitter=0.0, greyscale=0.0, blur=0.0)
+        self.views = ImageViews(size, Preset(light, normalisation=normalisation), seed)
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Views:
         """The view of each ``image``, with the batch's ``label``."""
-        images = to_float(batch["image"])
-        generator = self.stream.on(images.device)
-        view = random_resized_crop(images, self.size, self.crop_scale, self.flip, generator)
-        return Views((normalise(view),), num_global=1, labels=batch.get("label"))
+        return Views((self.views.augment(batch["image"]),), num_global=1, labels=batch.get("label"))
 
     def state_dict(self) -> dict[str, Any]:
         """The random stream's state."""
-        return self.stream.state_dict()
+        return self.views.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the random stream."""
-        self.stream.load_state_dict(state)
+        self.views.load_state_dict(state)
