@@ -96,10 +96,11 @@ def _train(domain: str, arguments: list[str]) -> None:
 
 def _run_domain_command(domain: str, word: str, arguments: list[str]) -> None:
     """A command of the domain's own, or one that every domain's runs have."""
-    commands = {name: COMMANDS[name] for name in RUN_COMMANDS} | domain_commands(domain)
-    if word not in commands:
-        raise unknown_name(f"command of {domain}", word, list(commands))
-    tyro.cli(commands[word], prog=f"contrastive-mm {domain} {word}", args=arguments)
+    own = domain_commands(domain)
+    if word not in own and word not in RUN_COMMANDS:
+        raise unknown_name(f"command of {domain}", word, [*own, *RUN_COMMANDS])
+    command = own[word]() if word in own else COMMANDS[word]
+    tyro.cli(command, prog=f"contrastive-mm {domain} {word}", args=arguments)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -134,7 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "contrastive-mm: interrupted. Continue a training with --resume and its --output.",
+            "contrastive-mm: interrupted. Continue a training with --resume and its --output; repeat a command of "
+            "several stages as it was.",
             file=sys.stderr,
         )
         return 130

@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -111,17 +112,20 @@ def load_domain(name: str) -> type[Any]:
     return domain
 
 
-def domain_commands(name: str) -> dict[str, Callable[..., None]]:
+def domain_commands(name: str) -> dict[str, Callable[[], Callable[..., None]]]:
     """What a domain does beyond pretraining, by the word behind its name on the command line.
 
     A domain lists them in ``commands``, a class attribute: word -> ``"module:function"``. A function's annotated
     parameters are its flags, its docstring is its help.
 
+    Returns:
+        For each word what imports and returns the function.
+
     Raises:
         UserError: as ``load_domain``.
     """
     commands: Mapping[str, str] = getattr(load_domain(name), "commands", {})
-    return {word: pkgutil.resolve_name(place) for word, place in commands.items()}
+    return {word: partial(pkgutil.resolve_name, place) for word, place in commands.items()}
 
 
 def recipe_folder(name: str) -> Path:

@@ -53,8 +53,9 @@ class VisionConfig:
     takes another split); or hf:owner/name. stream: before hf:owner/name or tar shards reads them from front to back,
     for so many --steps."""
     encoder: str = "small-conv"
-    """small-conv; a torchvision or timm model such as resnet18, vit_b_16 or timm/resnet50; resnet50-2x-sk and the
-    other ResNets of SimCLR v2; vit-small-moco-v3 and its kin. ResNets get a small stem up to 64 px."""
+    """small-conv (small-conv-16 has half its width); a torchvision or timm model such as resnet18, vit_b_16 or
+    timm/resnet50; resnet50-2x-sk and the other ResNets of SimCLR v2; vit-small-moco-v3 and its kin. ResNets get a small
+    stem up to 64 px."""
     pretrained: bool = False
     """Begin with torchvision's or timm's published weights, and the stem that they were trained with."""
     freeze_patch_projection: bool = False
@@ -97,6 +98,8 @@ class ImageDomain:
     commands: ClassVar[dict[str, str]] = {
         "evaluate": "contrastive_mm.vision.evaluate:evaluate",
         "export": "contrastive_mm.vision.export:export",
+        "fine-tune": "contrastive_mm.vision.fine_tune:fine_tune",
+        "simclr-v2": "contrastive_mm.vision.simclr_v2:simclr_v2",
     }
 
     def __init__(self, config: VisionConfig, seed: int, saved: Path | None = None) -> None:

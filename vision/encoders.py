@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 import torch
@@ -79,10 +80,10 @@ def build_image_encoder(
     """A new image encoder.
 
     Args:
-        name: ``small-conv``; a ResNet of SimCLR v2 such as ``resnet50-2x-sk``; ``vit-small-moco-v3`` and its kin; a
-            torchvision classification model such as ``resnet18`` or ``vit_b_16``; or a timm model such as
-            ``vit_small_patch16_224``. ``timm/`` or ``torchvision/`` before it says which library's is meant; of a
-            name that both have, torchvision's.
+        name: ``small-conv``, or ``small-conv-8`` for another width than 32; a ResNet of SimCLR v2 such as
+            ``resnet50-2x-sk``; ``vit-small-moco-v3`` and its kin; a torchvision classification model such as
+            ``resnet18`` or ``vit_b_16``; or a timm model such as ``vit_small_patch16_224``. ``timm/`` or
+            ``torchvision/`` before it says which library's is meant; of a name that both have, torchvision's.
         image_size: side of the views in pixels.
         pretrained: take the library's default weights, and the stem that they were trained with. They were trained on
             images normalised by ImageNet's mean and deviation in most cases; ``model.pretrained_cfg`` (timm) and
@@ -97,7 +98,7 @@ def build_image_encoder(
     """
     if small_stem is None:
         small_stem = image_size <= SMALL_IMAGE and not pretrained
-    if name in OWN_ENCODERS:
+    if name in OWN_ENCODERS or _small_conv(name):
         encoder = _own_encoder(name, image_size, pretrained, small_stem)
     else:
         library, model = find_library(name)
@@ -144,11 +145,15 @@ def _unknown_encoder(name: str, timm: Any) -> UserError:
     )
 
 
+def _small_conv(name: str) -> re.Match[str] | None:
+    return re.fullmatch(r"small-conv(?:-([1-9]\d*))?", name)
+
+
 def _own_encoder(name: str, image_size: int, pretrained: bool, small_stem: bool) -> ImageEncoder:
     if pretrained:
         raise UserError(f"There are no pretrained weights of {name!r}. Leave out --pretrained, or choose another.")
-    if name == "small-conv":
-        return SmallConvNet()
+    if small := _small_conv(name):
+        return SmallConvNet(int(small[1] or 32))
     if name in MOCO_V3:
         return moco_v3_transformer(name, image_size)
     return simclr_resnet(name, small_stem)
