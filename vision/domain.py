@@ -54,8 +54,8 @@ class VisionConfig:
     for so many --steps."""
     encoder: str = "small-conv"
     """small-conv (small-conv-16 has half its width); a torchvision or timm model such as resnet18, vit_b_16 or
-    timm/resnet50; resnet50-2x-sk and the other ResNets of SimCLR v2; vit-small-moco-v3 and its kin. ResNets get a small
-    stem up to 64 px."""
+    timm/resnet50; resnet50-2x-sk and the other ResNets of SimCLR v2; vit-small-moco-v3 and its kin. ResNets get a
+    small stem up to 64 px."""
     pretrained: bool = False
     """Begin with torchvision's or timm's published weights, and the stem that they were trained with."""
     freeze_patch_projection: bool = False
