@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from contrastive_mm.errors import UserError
+from contrastive_mm.training.allocation import keep_freed_memory
 from contrastive_mm.training.config import Precision
 
 
@@ -32,6 +33,8 @@ def make_accelerator(precision: Precision = "no", device: Literal["auto", "cpu"]
             f"Launched with {accelerator.num_processes} processes, but this version trains in one: batches are "
             "not yet divided among processes. Start it without `accelerate launch`."
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
