@@ -160,6 +160,8 @@ NO_EFFECT_IN_TRAINING = {
     ("simclr-v2", "kept_layers"): "it decides what `fine_tuning_encoder` keeps; test_methods.py checks that"
 }
 OTHER_VALUES = {("dcl", "weight_concentration"): 0.5, ("simclr-v2", "projection_layers"): 2}
+# Where a bank lies changes no figure; test_methods.py checks that it lies there.
+NO_EFFECT_IN_TRAINING |= {(name, "bank_device"): "" for name in METHODS}
 OPTIONS = [
     (name, field.name)
     for name in METHODS
@@ -172,6 +174,8 @@ def other_value(name, option):
     value = getattr(get_method(name).config_class(**SMALL[name]), option)
     if (name, option) in OTHER_VALUES:
         return OTHER_VALUES[name, option]
+    if option == "bank_dtype":
+        return "float16"
     if isinstance(value, bool):
         return not value
     return value + 1 if isinstance(value, int) else value / 2
