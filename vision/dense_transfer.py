@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,11 +15,11 @@ from tyro.conf import Positional, arg
 
 from contrastive_mm.checkpoint import load_encoder, save_encoder, write_atomically
 from contrastive_mm.errors import UserError
-from contrastive_mm.metrics import read_metrics
-from contrastive_mm.report import Page, loss_plot, text_table
+from contrastive_mm.report import text_table
 from contrastive_mm.training import Precision, Trainer, TrainerConfig
 from contrastive_mm.vision.dense_batches import SceneLoader, SceneViews, scene_batches
 from contrastive_mm.vision.dense_data import DenseData, read_dense_data
+from contrastive_mm.vision.dense_report import label, score_rows, transfer_page
 from contrastive_mm.vision.dense_tasks import DenseTask, DetectionTask, SegmentationTask
 from contrastive_mm.vision.detection import DetectionConfig
 from contrastive_mm.vision.encoders import build_image_encoder
@@ -177,8 +176,8 @@ def transfer(run: Path, annotated: AnnotatedImages, task: DenseTask, training: T
     found = {label(start): one.task.find(one.model, shown, size) for start, one in trainings.items()}
     picture = task.picture(shown, found)
     write_atomically(folder / f"{task.name}.png", lambda temporary: _write_bytes(temporary, picture))
-    _page(folder, task, result, picture).save(folder / "report.html")
-    return f"{text_table(*_table(task, result))}\n\nPictures: {folder / 'report.html'}"
+    transfer_page(folder, task, result, picture).save(folder / "report.html")
+    return f"{text_table(*score_rows(task, result))}\n\nPictures: {folder / 'report.html'}"
 
 
 def _read(annotated: AnnotatedImages, task: DenseTask) -> tuple[DenseData, DenseData]:
@@ -186,11 +185,6 @@ def _read(annotated: AnnotatedImages, task: DenseTask) -> tuple[DenseData, Dense
     if annotated.test_data is None:
         return data.hold_back(annotated.validation_share)
     return data, read_dense_data(annotated.test_data, task.kind, annotated.test_images, data.class_names)
-
-
-def label(start: str) -> str:
-    """What an initialisation is called in tables and pictures."""
-    return {"run": "from the run", "random": "from random weights", "pretrained": "from published weights"}[start]
 
 
 def describe_start(saved: SavedEncoder, start: Start) -> str:
@@ -275,46 +269,6 @@ def data_digest(data: DenseData) -> str:
         digest.update(f"{scene.name} {scene.height} {scene.width} {scene.regions!r}".encode())
         digest.update(scene.boxes.numpy().tobytes() + scene.classes.numpy().tobytes() + scene.crowd.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _table(task: DenseTask, result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    headers = ["initialisation", *task.columns, "minutes"]
-    rows = [
-        [label(start), *(f"{score[name]:.3f}" for name in task.columns), f"{score['seconds'] / 60:.1f}"]
-        for start, score in result["scores"].items()
-    ]
-    return headers, rows
-
-
-def _class_table(task: DenseTask, result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    scores = {label(start): score[task.by_class] for start, score in result["scores"].items()}
-    names = list(next(iter(scores.values())))
-    rows = [[name, *(_figure(column[name]) for column in scores.values())] for name in names]
-    return ["class", *scores], rows
-
-
-def _figure(value: float | None) -> str:
-    return "none there" if value is None else f"{value:.3f}"
-
-
-def _page(folder: Path, task: DenseTask, result: Mapping[str, Any], picture: bytes) -> Page:
-    page = Page(f"{task.title} with {result['encoder']}")
-    for start, text in result["began"].items():
-        page.add_text(f"{label(start).capitalize()}: {text}.")
-    counts = f"{result['training_images']} images trained on, {result['test_images']} scored"
-    options: Mapping[str, Any] = result["options"]
-    page.add_text(
-        f"{counts}, {result['image_size']} pixels a side, {options['steps']} steps of {options['batch_size']} images. "
-        f"BatchNorm of the encoder: {'frozen' if options['freeze'] else options['batch_norm']}."
-    )
-    page.add_table("Scores after the last step", *_table(task, result))
-    page.add_picture(task.caption, picture)
-    starts: Sequence[str] = list(result["scores"])
-    page.add_picture(
-        "Loss", loss_plot({label(start): read_metrics(folder / start / "metrics.jsonl") for start in starts})
-    )
-    page.add_table(task.by_class.replace("_", " "), *_class_table(task, result))
-    return page
 
 
 def _write(path: Path, text: str) -> None:
