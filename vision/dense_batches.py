@@ -27,7 +27,7 @@ def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
 
 def fit_image(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[Tensor, "3 size size"]:
     """An image resized as ``fitted_size`` says, at the upper left of a grey square."""
-    height, width = fitted_size(*pixels.shape[:2], size)
+    height, width = fitted_size(pixels.shape[0], pixels.shape[1], size)
     square = np.full((size, size, 3), GREY, np.uint8)
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     square[:height, :width] = np.asarray(resized)
@@ -36,7 +36,7 @@ def fit_image(pixels: UInt8[np.ndarray, "height width 3"], size: int) -> UInt8[T
 
 def fit_map(classes: UInt8[np.ndarray, "height width"], size: int, fill: int) -> UInt8[Tensor, "size size"]:
     """A map of numbers resized in the same way, without mixing neighbours."""
-    height, width = fitted_size(*classes.shape, size)
+    height, width = fitted_size(classes.shape[0], classes.shape[1], size)
     square = np.full((size, size), fill, np.uint8)
     square[:height, :width] = np.asarray(Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST))
     return torch.from_numpy(square)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -31,6 +31,7 @@ from contrastive_mm.vision.segmentation import (
 )
 
 
+@runtime_checkable
 class DenseTask(Protocol):
     """What a transfer needs to know of a task.
 

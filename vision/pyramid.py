@@ -94,7 +94,7 @@ class PyramidBackbone(nn.Module):
                 module.eval()
         return self
 
-    def forward(self, images: Images) -> dict[str, Float[Tensor, "batch width _ _"]]:
+    def forward(self, images: Images) -> dict[str, Float[Tensor, "batch channels _ _"]]:
         """The levels, finest first."""
         maps = self.encoder.feature_maps(images)[self.first :]
         levels: dict[str, Tensor] = self.pyramid(dict(zip(self.levels, maps, strict=True)))

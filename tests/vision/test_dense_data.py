@@ -11,6 +11,9 @@ from contrastive_mm.vision.dense_batches import SceneLoader, SceneViews, fit_ima
 from contrastive_mm.vision.dense_data import VOID, object_masks, read_class_map, read_dense_data
 from contrastive_mm.vision.detection import targets
 
+# pycocotools 2.0.11 and NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
 
 @pytest.fixture
 def coco(tmp_path):
