@@ -122,7 +122,7 @@ def read_dense_data(
         raise UserError(f"--data {data} holds no images.")
     if len(found.class_names) > MOST_CLASSES:
         raise UserError(f"{data} has {len(found.class_names)} classes; more than {MOST_CLASSES} don't fit a byte.")
-    return dataclasses.replace(found, source=data, scenes=list(_checked(found.scenes)))
+    return dataclasses.replace(found, source=data, scenes=list(_checked(found)))
 
 
 def _coco_file(place: Path) -> Path:
@@ -138,8 +138,9 @@ def _coco_file(place: Path) -> Path:
     return files[0]
 
 
-def _checked(scenes: Sequence[Scene]) -> Iterator[Scene]:
-    """The scenes, whose images are there and of the size that was written down."""
+def _checked(data: DenseData) -> Iterator[Scene]:
+    """The scenes, whose images are there and of the size that was written down, and whose class maps can be read."""
+    scenes = data.scenes
     missing = [scene for scene in scenes if not scene.path.is_file()]
     if missing:
         raise UserError(
@@ -157,6 +158,8 @@ def _checked(scenes: Sequence[Scene]) -> Iterator[Scene]:
                 f"{scene.path} has {width} x {height} pixels, but its annotation says {scene.width} x {scene.height}: "
                 "the boxes are of another version of the image."
             )
+        if scene.class_map is not None:
+            read_class_map(scene, len(data.class_names))
         yield scene
 
 

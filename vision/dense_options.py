@@ -38,7 +38,7 @@ class DenseConfig(MethodOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "batch_size", "width", "proposals", "regions_size"):
+        for name in ("steps", "batch_size", "width", "proposals", "regions"):
             value, least = getattr(self, name, None), LEAST_VALUES.get(name, 1)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value}; it must be at least {least}.")

@@ -19,6 +19,7 @@ from contrastive_mm.vision.detection import (
     average_precision,
     build_detector,
     detect_objects,
+    require_objects,
 )
 from contrastive_mm.vision.presets import Normalisation
 from contrastive_mm.vision.pyramid import PyramidBackbone
@@ -64,6 +65,10 @@ class DenseTask(Protocol):
 
     def check_packages(self) -> None:
         """Refuse to begin where a package is missing."""
+        ...
+
+    def check_test_data(self, data: DenseData) -> None:
+        """Refuse to begin where there would be nothing to score on."""
         ...
 
     def build(self, backbone: PyramidBackbone, num_classes: int, normalisation: Normalisation) -> nn.Module:
@@ -112,6 +117,10 @@ class DetectionTask:
         """Detection is scored by pycocotools."""
         mask_tools()
 
+    def check_test_data(self, data: DenseData) -> None:
+        """There must be objects to find."""
+        require_objects(data)
+
     def build(self, backbone: PyramidBackbone, num_classes: int, normalisation: Normalisation) -> nn.Module:
         """A new Faster or Mask R-CNN."""
         return build_detector(backbone, num_classes, self.masks, normalisation, self.config)
@@ -150,6 +159,9 @@ class SegmentationTask:
 
     def check_packages(self) -> None:
         """VOC's data need none; COCO's are decoded when they are read, and name what is missing."""
+
+    def check_test_data(self, data: DenseData) -> None:
+        """Any image has pixels to tell, unless all of them are void."""
 
     def build(self, backbone: PyramidBackbone, num_classes: int, normalisation: Normalisation) -> nn.Module:
         """A new segmenter."""

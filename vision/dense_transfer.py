@@ -155,6 +155,7 @@ def transfer(run: Path, annotated: AnnotatedImages, task: DenseTask, training: T
     saved = read_run(run)
     task.check_packages()
     train_data, test_data = _read(annotated, task)
+    task.check_test_data(test_data)
     size = annotated.image_size or min(LARGEST_SIDE, max(max(s.height, s.width) for s in train_data.scenes))
     folder = training.output or run / task.name
     clear_stages(folder, ("run", "random", "pretrained"), f"{task.name}.json", training.overwrite)

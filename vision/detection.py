@@ -40,7 +40,7 @@ class DetectionConfig(DenseConfig):
 
     proposals: int = 1000
     """Regions of each image that the first stage hands on to the second."""
-    regions_size: int = 512
+    regions: int = 512
     """Of these, regions of each image that the second stage learns from at a step."""
 
 
@@ -73,7 +73,7 @@ def build_detector(
         "box_roi_pool": MultiScaleRoIAlign(backbone.levels, BOX_SIDE, sampling_ratio=2),
         "box_head": TwoMLPHead(width * BOX_SIDE**2, 4 * width),
         "box_predictor": FastRCNNPredictor(4 * width, num_classes + 1),
-        "box_batch_size_per_image": config.regions_size,
+        "box_batch_size_per_image": config.regions,
     }
     for stage in ("train", "test"):
         common[f"rpn_pre_nms_top_n_{stage}"] = common[f"rpn_post_nms_top_n_{stage}"] = config.proposals
@@ -183,6 +183,16 @@ def pack_mask(mask: UInt8[np.ndarray, "height width"]) -> Any:
     return mask_tools().encode(np.asfortranarray(mask))
 
 
+def require_objects(data: DenseData) -> None:
+    """Make sure that there is something to find.
+
+    Raises:
+        UserError: there is no object in any scene, or they are crowds.
+    """
+    if not any(bool((~scene.crowd).any()) for scene in data.scenes):
+        raise UserError(f"{data.source}: its {len(data)} images to score on hold no object to find.")
+
+
 def average_precision(data: DenseData, found: Sequence[Found], masks: bool = False) -> dict[str, Any]:
     """COCO's average precision, by pycocotools: 101 points of recall, at most 100 objects an image.
 
@@ -203,8 +213,7 @@ def average_precision(data: DenseData, found: Sequence[Found], masks: bool = Fal
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise UserError(DETECTION_MISSING) from error
-    if not any(bool((~scene.crowd).any()) for scene in data.scenes):
-        raise UserError(f"{data.source}: among its {len(data)} images there is no object to find.")
+    require_objects(data)
     guesses = _guesses(data, found, masks)
     with contextlib.redirect_stdout(io.StringIO()):  # it reports each step
         truth = COCO()

@@ -180,10 +180,13 @@ def test_voc_class_maps_are_read_as_numbers_with_the_border_as_void(tmp_path):
     assert data.class_names[19] == "tvmonitor"
     assert np.array_equal(read_class_map(data.scenes[0], 20), numbers)
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    data = read_dense_data(str(tmp_path), "classes")
-    assert data.class_names == ["cat", "dog"]
     with pytest.raises(UserError, match=r"one.png has the class 20, but there are 2 class names"):
-        read_class_map(data.scenes[0], 2)
+        read_dense_data(str(tmp_path), "classes")
+    voc_scene(tmp_path, class_map=numbers % 3)
+    assert read_dense_data(str(tmp_path), "classes").class_names == ["cat", "dog"]
+    Image.new("RGB", (20, 16)).save(tmp_path / "SegmentationClass" / "one.png")
+    with pytest.raises(UserError, match="mode RGB"):
+        read_dense_data(str(tmp_path), "classes")
 
 
 def test_an_image_is_fitted_into_the_upper_left_of_its_square():

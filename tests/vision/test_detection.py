@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scenes import coco_scenes
+from scenes import coco_scenes, write_json
 
 from contrastive_mm.checkpoint import load_encoder
 from contrastive_mm.cli import main
@@ -32,7 +32,7 @@ from contrastive_mm.vision.pyramid import PyramidBackbone
 # pycocotools 2.0.11 and NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-SMALL = {"width": 16, "proposals": 60, "regions_size": 32, "batch_size": 4}
+SMALL = {"width": 16, "proposals": 60, "regions": 32, "batch_size": 4}
 
 
 def scene(boxes, classes, crowd=None, size=100):
@@ -285,6 +285,29 @@ def test_the_runs_weights_are_in_the_detector_before_its_first_step(run, tmp_pat
 def test_options_that_make_no_sense_are_refused(run, tmp_path, capsys, flag, message):
     assert main(["vision", "detect", str(run), f"--data={tmp_path}", flag]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_scored_or_begun_is_refused_before_anything_is_trained(run, tmp_path, capsys):
+    data = coco_scenes(tmp_path / "data", 10)
+    empty = json.loads(data.read_text())
+    empty["annotations"] = []
+    without = write_json(tmp_path / "data" / "without.json", empty)
+    command = ["vision", "detect", str(run), *options(data), f"--output={tmp_path / 'out'}"]
+    assert main([*command, f"--test-data={without}"]) == 2
+    assert "without.json: its 10 images to score on hold no object" in capsys.readouterr().err
+    assert main([*command, "--initialise", "pretrained"]) == 2
+    assert "no pretrained weights of 'small-conv-4'" in capsys.readouterr().err
+    assert main([*command, "--initialise", "run", "run"]) == 2
+    assert "each once" in capsys.readouterr().err
+    assert main([*command, "--batch-size=9"]) == 2
+    assert "--batch-size" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "run" / "metrics.jsonl").exists()
+
+
+def test_half_precision_trains(run, tmp_path):
+    data = coco_scenes(tmp_path / "data", 10)
+    flags = ["--initialise", "run", f"--output={tmp_path / 'out'}", "--precision=bf16", "--masks", *options(data)]
+    assert main(["vision", "detect", str(run), *flags]) == 0
 
 
 def test_without_pycocotools_the_package_to_install_is_named(run, tmp_path, capsys, monkeypatch):
