@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 
 from contrastive_mm.report import plain, png
 from contrastive_mm.vision.dense_data import VOID, DenseData, Scene, mask_tools, object_masks, read_pixels
@@ -101,7 +102,9 @@ def _draw_objects(axes: Any, scene: Scene, objects: Found, masks: Sequence[Any],
         colour = class_colour(kind)
         # Pixel centres lie at whole numbers in the picture, and at halves in a box.
         corner = (left - 0.5, top - 0.5)
-        axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.6))
+        frame = Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.6)
+        frame.set_path_effects([withStroke(linewidth=3, foreground="black")])  # seen on every ground
+        axes.add_patch(frame)
         if scores:
             label = f"{100 * float(objects.scores[row]):.0f}"
             place = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}

@@ -183,6 +183,36 @@ def test_an_encoder_that_refuses_the_size_is_named():
         PyramidBackbone(build_image_encoder("timm/vit_tiny_patch16_224", 64), 70)
 
 
+def test_the_encoder_sees_whole_squares_normalised_as_in_its_pretraining():
+    encoder = build_image_encoder("small-conv-4", 32)
+    detector = build_detector(PyramidBackbone(encoder, 50, 8), 1, normalisation="imagenet").eval()
+    seen = []
+    encoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image = torch.rand(3, 50, 50)
+    detector([image])
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    assert torch.allclose(seen[0][0], (image - mean[:, None, None]) / deviation[:, None, None], atol=1e-6)
+
+
+def test_boxes_and_masks_come_back_in_pixels_of_the_image(tmp_path):
+    """A stand-in for a detector, which sees the bright square in its own square of pixels."""
+    Image.fromarray(np.zeros((30, 60, 3), np.uint8)).save(tmp_path / "one.png")
+    wide = Scene(tmp_path / "one.png", "one", 30, 60, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
+
+    class Square(torch.nn.Linear):
+        def forward(self, images):
+            assert images[0].shape == (3, 40, 40)
+            mask = torch.zeros(1, 1, 40, 40)
+            mask[..., 4:12, 8:20] = 1
+            box, one = torch.tensor([[8.0, 4, 20, 12]]), torch.ones(1)
+            return [{"boxes": box, "labels": one.long(), "scores": one, "masks": mask}]
+
+    (objects,) = detect_objects(Square(1, 1), DenseData("one", ["a"], [wide]), 40)
+    assert objects.boxes.tolist() == [[12, 6, 30, 18]]
+    rows, columns = np.nonzero(dense_data.mask_tools().decode(objects.masks[0]))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (6, 17, 12, 29)
+
+
 @pytest.mark.parametrize(("batch_norm", "freeze"), [("trained", False), ("frozen", False), ("trained", True)])
 def test_the_encoder_learns_as_far_as_it_is_let(tmp_path, batch_norm, freeze):
     data = read_dense_data(str(coco_scenes(tmp_path / "data", 4)), "boxes")
@@ -258,11 +288,12 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(run, tmp_path,
 def test_the_runs_weights_are_in_the_detector_before_its_first_step(run, tmp_path, monkeypatch):
     data = coco_scenes(tmp_path / "data", 10)
     saved = read_run(run).encoder.state_dict()
-    same = {}
+    same, heads = {}, []
 
     def look(trainer, resume):
         weights = trainer.method.detector.backbone.encoder.state_dict()
         same[trainer.output.name] = all(torch.equal(value.cpu(), saved[name]) for name, value in weights.items())
+        heads.append(trainer.method.detector.roi_heads.box_head.fc6.weight.clone())
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "train", look)
@@ -270,6 +301,7 @@ def test_the_runs_weights_are_in_the_detector_before_its_first_step(run, tmp_pat
         flags = ["--initialise", start, *options(data)]
         assert main(["vision", "detect", str(run), f"--output={tmp_path / start}", *flags]) == 130
     assert same == {"run": True, "random": False}
+    assert torch.equal(*heads), "what is new is the same for both"
 
 
 @pytest.mark.parametrize(
