@@ -60,7 +60,7 @@ def decode(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     Raises:
         ValueError: no pixel of a float image is a finite number. Pillow raises errors of many more kinds.
     """
-    upright = _to_rgb(ImageOps.exif_transpose(image))
+    upright = to_rgb(ImageOps.exif_transpose(image))
     if upright.size != (size, size):
         upright = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(upright)
@@ -94,7 +94,7 @@ def decode_crops(
     if pixels is None:
         if reduction > 1:
             image.draft(None, (image.size[0] // reduction, image.size[1] // reduction))
-        upright = _to_rgb(ImageOps.exif_transpose(image))
+        upright = to_rgb(ImageOps.exif_transpose(image))
         pixels = torch.from_numpy(np.array(upright)).permute(2, 0, 1)
         boxes = [_scaled(box, pixels.shape[2] / width, pixels.shape[1] / height) for box in boxes]
     return [_resized(pixels, box, crop.size) for box, crop in zip(boxes, crops, strict=True)]
@@ -171,7 +171,8 @@ def _resized(pixels: UInt8[Tensor, "3 height width"], box: Box, size: int) -> UI
     return interpolate(cut, (size, size), mode="bilinear", antialias=True)[0]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, not turned upright; transparency and grey values are treated as in ``decode``."""
     if image.mode == "F" or image.mode.startswith("I"):
         return _to_eight_bits(image).convert("RGB")
     if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:

@@ -96,9 +96,11 @@ class ImageDomain:
     config_class: ClassVar[type[VisionConfig]] = VisionConfig
     default_method: ClassVar[str] = "simclr"
     commands: ClassVar[dict[str, str]] = {
+        "detect": "contrastive_mm.vision.dense_transfer:detect",
         "evaluate": "contrastive_mm.vision.evaluate:evaluate",
         "export": "contrastive_mm.vision.export:export",
         "fine-tune": "contrastive_mm.vision.fine_tune:fine_tune",
+        "segment": "contrastive_mm.vision.dense_transfer:segment",
         "simclr-v2": "contrastive_mm.vision.simclr_v2:simclr_v2",
     }
 
