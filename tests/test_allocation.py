@@ -29,5 +29,5 @@ def faults(way):
 @pytest.mark.skipif(not keep_freed_memory(), reason="needs glibc")
 def test_blocks_are_used_again_and_not_cleared_by_the_system_each_time():
     pages = 20 * (40 << 20) // resource.getpagesize()
-    assert faults("keep") < 0.1 * pages
+    assert faults("keep") < 0.2 * pages
     assert faults("leave") > faults("keep")
