@@ -46,7 +46,7 @@ FLAGS = {
     ("moco", "vision"): ["--queue-size=512", "--temperature=0.2", "--momentum=0.95"],
     ("moco-v3", "nlp"): [*HEADLESS, "--momentum=0.9", "--steps=120"],
     ("moco-v3", "rl"): ["--momentum=0.9", "--steps=160"],
-    ("moco-v3", "vision"): ["--momentum=0.9"],
+    ("moco-v3", "vision"): ["--momentum=0.95", "--steps=120"],
     ("nnclr", "nlp"): ["--projection-layers=1", "--queue-size=2048", "--learning-rate=2e-3", "--steps=150"],
     ("nnclr", "rl"): ["--queue-size=512", "--steps=160"],
     ("nnclr", "vision"): ["--queue-size=1024", "--temperature=0.2", "--projection-layers=2", "--steps=120"],
