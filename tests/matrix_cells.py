@@ -82,6 +82,7 @@ FLAGS = {
 
 MARGINS = {
     ("barlow-twins", "nlp"): 0.002,
+    ("barlow-twins", "vision"): 0.02,
     ("curl", "nlp"): 0.002,
     ("moco", "rl"): 0.1,
     ("simsiam", "nlp"): 0.002,
