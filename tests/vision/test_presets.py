@@ -15,7 +15,9 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.methods import SimCLR, SupCon, SwAV, SwAVConfig
 from contrastive_mm.vision import PRESETS, ImageViewConfig, ImageViews, Preset, Recipe, SmallConvNet, augment
 from contrastive_mm.vision.augment import normalise
+from contrastive_mm.vision.domain import ImageDomain, VisionConfig
 from contrastive_mm.vision.mixing import CutMix, Mixup, draw_shares
+from contrastive_mm.vision.model_card import input_scaling
 from contrastive_mm.vision.presets import NORMALISATIONS
 
 # Crop scale, flip, jitter and its strengths, grey, blur, solarise of each full view: from the papers and the released
@@ -288,3 +290,10 @@ def test_views_on_a_gpu_are_those_on_the_cpu(name):
     for one, other in zip(here.inputs, there.inputs, strict=True):
         # TensorFloat32 products and fused additions round otherwise; a hue at a sector's border may jump.
         assert float(((one - other.cpu()).abs() > 0.02).float().mean()) < 1e-3
+
+
+def test_a_runs_options_say_how_its_images_were_normalised():
+    config = VisionConfig(data="digits", image_size=8, views=ImageViewConfig("moco-v2"))
+    assert ImageDomain(config, 0).config.views.normalisation == "imagenet"
+    mean, deviation = input_scaling({"normalisation": "imagenet"})
+    assert (mean, deviation) == tuple(list(values) for values in NORMALISATIONS["imagenet"])
