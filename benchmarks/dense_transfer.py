@@ -31,11 +31,11 @@ from cifar10_simclr import processor
 from PIL import Image
 
 from contrastive_mm.cli import main as command
-from contrastive_mm.vision.dense_tasks import DetectionTask, SegmentationTask
-from contrastive_mm.vision.dense_transfer import AnnotatedImages, Training, transfer
-from contrastive_mm.vision.detection import DetectionConfig, pack_mask
-from contrastive_mm.vision.packed import read_idx
-from contrastive_mm.vision.segmentation import SegmentationConfig
+from contrastive_mm.vision.data.packed import read_idx
+from contrastive_mm.vision.dense.detection import DetectionConfig, pack_mask
+from contrastive_mm.vision.dense.segmentation import SegmentationConfig
+from contrastive_mm.vision.dense.tasks import DetectionTask, SegmentationTask
+from contrastive_mm.vision.dense.transfer import AnnotatedImages, Training, transfer
 
 RESULT = Path(__file__).parent / "results" / "dense_transfer.json"
 CLASSES = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "trainer", "bag", "boot"]

@@ -28,10 +28,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import contrastive_mm
-from contrastive_mm.vision.decoding import Crop
-from contrastive_mm.vision.images import ImageSet
-from contrastive_mm.vision.loader import CropBatches, CropWorkers
-from contrastive_mm.vision.sources import find_images
+from contrastive_mm.vision.data.decoding import Crop
+from contrastive_mm.vision.data.images import ImageSet
+from contrastive_mm.vision.data.loader import CropBatches, CropWorkers
+from contrastive_mm.vision.data.sources import find_images
 
 WIDTH, HEIGHT, SIDE, BATCH = 500, 375, 224, 64
 BUSY = 0.5

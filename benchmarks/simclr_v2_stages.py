@@ -26,10 +26,10 @@ import yaml
 from cifar10_simclr import processor
 
 from contrastive_mm.configuration import read_recipe
-from contrastive_mm.vision.distillation import DistillationConfig
-from contrastive_mm.vision.fine_tuning import FineTuningConfig
-from contrastive_mm.vision.packed import read_idx
-from contrastive_mm.vision.simclr_v2 import PICTURE_FILE, RESULT_FILE, simclr_v2
+from contrastive_mm.vision.data.packed import read_idx
+from contrastive_mm.vision.few_labels.distillation import DistillationConfig
+from contrastive_mm.vision.few_labels.fine_tuning import FineTuningConfig
+from contrastive_mm.vision.few_labels.simclr_v2 import PICTURE_FILE, RESULT_FILE, simclr_v2
 
 RESULT = Path(__file__).parent / "results" / "simclr_v2_stages.json"
 

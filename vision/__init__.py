@@ -1,9 +1,9 @@
 """Images: batched augmentations, encoders, data sources."""
 
-from contrastive_mm.vision.augment import ImageViewConfig, ImageViews
-from contrastive_mm.vision.backbones import ImageEncoder
-from contrastive_mm.vision.encoders import SmallConvNet, build_image_encoder
-from contrastive_mm.vision.presets import PRESETS, Preset, Recipe
+from contrastive_mm.vision.encoders.backbones import ImageEncoder
+from contrastive_mm.vision.encoders.build import SmallConvNet, build_image_encoder
+from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews
+from contrastive_mm.vision.views.presets import PRESETS, Preset, Recipe
 
 __all__ = [
     "PRESETS",

@@ -26,13 +26,13 @@ from contrastive_mm.evaluation import (
 )
 from contrastive_mm.progress import progress
 from contrastive_mm.training.accelerator import current_device
-from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, plain_view
-from contrastive_mm.vision.encoders import build_image_encoder
-from contrastive_mm.vision.images import ImageSet, ImageSource
-from contrastive_mm.vision.loader import CropBatches, CropWorkers
-from contrastive_mm.vision.sources import find_images
-from contrastive_mm.vision.stream_batches import StreamBatches
-from contrastive_mm.vision.streaming import STREAM, open_stream
+from contrastive_mm.vision.data.images import ImageSet, ImageSource
+from contrastive_mm.vision.data.loader import CropBatches, CropWorkers
+from contrastive_mm.vision.data.sources import find_images
+from contrastive_mm.vision.data.stream_batches import StreamBatches
+from contrastive_mm.vision.data.streaming import STREAM, open_stream
+from contrastive_mm.vision.encoders.build import build_image_encoder
+from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews, plain_view
 
 EVALUATION_BATCH = 256
 PROBE_ROWS = 10_000
@@ -96,12 +96,12 @@ class ImageDomain:
     config_class: ClassVar[type[VisionConfig]] = VisionConfig
     default_method: ClassVar[str] = "simclr"
     commands: ClassVar[dict[str, str]] = {
-        "detect": "contrastive_mm.vision.dense_transfer:detect",
-        "evaluate": "contrastive_mm.vision.evaluate:evaluate",
-        "export": "contrastive_mm.vision.export:export",
-        "fine-tune": "contrastive_mm.vision.fine_tune:fine_tune",
-        "segment": "contrastive_mm.vision.dense_transfer:segment",
-        "simclr-v2": "contrastive_mm.vision.simclr_v2:simclr_v2",
+        "detect": "contrastive_mm.vision.dense.transfer:detect",
+        "evaluate": "contrastive_mm.vision.evaluation.evaluate:evaluate",
+        "export": "contrastive_mm.vision.export.export:export",
+        "fine-tune": "contrastive_mm.vision.few_labels.fine_tune:fine_tune",
+        "segment": "contrastive_mm.vision.dense.transfer:segment",
+        "simclr-v2": "contrastive_mm.vision.few_labels.simclr_v2:simclr_v2",
     }
 
     def __init__(self, config: VisionConfig, seed: int, saved: Path | None = None) -> None:

@@ -4,9 +4,9 @@ import torchvision.transforms.functional as TF
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.augment import ImageViewConfig, ImageViews, plain_view
-from contrastive_mm.vision.blur import blur
-from contrastive_mm.vision.colour import (
+from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews, plain_view
+from contrastive_mm.vision.views.blur import blur
+from contrastive_mm.vision.views.colour import (
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
@@ -18,8 +18,8 @@ from contrastive_mm.vision.colour import (
     solarise,
     to_grey,
 )
-from contrastive_mm.vision.crops import crop_and_resize
-from contrastive_mm.vision.draws import random_boxes
+from contrastive_mm.vision.views.crops import crop_and_resize
+from contrastive_mm.vision.views.draws import random_boxes
 
 
 def pictures(count=4, height=40, width=52, seed=0):

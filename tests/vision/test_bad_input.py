@@ -9,12 +9,12 @@ from pictures import break_file, levels, picture
 from PIL import Image
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.decoding import Crop, decode_crops
+from contrastive_mm.vision.data.decoding import Crop, decode_crops
+from contrastive_mm.vision.data.images import ImageSet
+from contrastive_mm.vision.data.integrity import looks_whole
+from contrastive_mm.vision.data.loader import CropBatches, CropWorkers
+from contrastive_mm.vision.data.sources import find_images
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
-from contrastive_mm.vision.images import ImageSet
-from contrastive_mm.vision.integrity import looks_whole
-from contrastive_mm.vision.loader import CropBatches, CropWorkers
-from contrastive_mm.vision.sources import find_images
 
 LEVEL = 200
 STORAGES = pytest.mark.parametrize("memory_limit", [0, 1 << 30], ids=["disk", "memory"])

@@ -7,7 +7,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.corruptions import KINDS, LARGE, SMALL, corrupt
+from contrastive_mm.vision.evaluation.corruptions import KINDS, LARGE, SMALL, corrupt
 
 
 @pytest.fixture

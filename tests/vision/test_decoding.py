@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from contrastive_mm.vision import decoding
-from contrastive_mm.vision.decoding import DRAWS, Crop, decode_crops, random_box
+from contrastive_mm.vision.data import decoding
+from contrastive_mm.vision.data.decoding import DRAWS, Crop, decode_crops, random_box
 
 
 def photo(height=90, width=120):

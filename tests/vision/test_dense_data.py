@@ -7,9 +7,9 @@ from PIL import Image
 from scenes import coco_scenes, voc_scene, write_json
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.dense_batches import SceneLoader, SceneViews, fit_image, scene_batches
-from contrastive_mm.vision.dense_data import VOID, object_masks, read_class_map, read_dense_data
-from contrastive_mm.vision.detection import targets
+from contrastive_mm.vision.dense.batches import SceneLoader, SceneViews, fit_image, scene_batches
+from contrastive_mm.vision.dense.data import VOID, object_masks, read_class_map, read_dense_data
+from contrastive_mm.vision.dense.detection import targets
 
 # pycocotools 2.0.11 and NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -12,11 +12,10 @@ from contrastive_mm.cli import main
 from contrastive_mm.errors import UserError
 from contrastive_mm.metrics import read_metrics
 from contrastive_mm.training import Trainer, TrainerConfig
-from contrastive_mm.vision import dense_data
-from contrastive_mm.vision.dense_batches import SceneLoader, SceneViews, scene_batches
-from contrastive_mm.vision.dense_data import DenseData, Scene, read_dense_data
-from contrastive_mm.vision.dense_pictures import detection_picture
-from contrastive_mm.vision.detection import (
+from contrastive_mm.vision.dense import data as dense_data
+from contrastive_mm.vision.dense.batches import SceneLoader, SceneViews, scene_batches
+from contrastive_mm.vision.dense.data import DenseData, Scene, read_dense_data
+from contrastive_mm.vision.dense.detection import (
     Detection,
     DetectionConfig,
     Found,
@@ -25,9 +24,10 @@ from contrastive_mm.vision.detection import (
     detect_objects,
     pack_mask,
 )
-from contrastive_mm.vision.encoders import build_image_encoder
-from contrastive_mm.vision.export import read_run
-from contrastive_mm.vision.pyramid import PyramidBackbone
+from contrastive_mm.vision.dense.pictures import detection_picture
+from contrastive_mm.vision.dense.pyramid import PyramidBackbone
+from contrastive_mm.vision.encoders.build import build_image_encoder
+from contrastive_mm.vision.export.export import read_run
 
 # pycocotools 2.0.11 and NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -6,15 +6,15 @@ from torch import nn
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.views import Views
-from contrastive_mm.vision.classifiers import Classifier
-from contrastive_mm.vision.distillation import (
+from contrastive_mm.vision.few_labels.classifiers import Classifier
+from contrastive_mm.vision.few_labels.distillation import (
     Distillation,
     DistillationConfig,
     distillation_loss,
     labelled_distillation_loss,
 )
-from contrastive_mm.vision.fine_tuning import FineTuning
-from contrastive_mm.vision.labelled import UNLABELLED
+from contrastive_mm.vision.few_labels.fine_tuning import FineTuning
+from contrastive_mm.vision.few_labels.labelled import UNLABELLED
 
 
 def probabilities(scores, temperature):

@@ -4,9 +4,9 @@ from pictures import break_file, picture
 from contrastive_mm.errors import UserError
 from contrastive_mm.methods import get_method
 from contrastive_mm.vision import domain as vision_domain
+from contrastive_mm.vision.data.images import ImageSource
+from contrastive_mm.vision.data.sources import find_images
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
-from contrastive_mm.vision.images import ImageSource
-from contrastive_mm.vision.sources import find_images
 
 CLASSES = ["ape", "bee", "cow"]
 PER_CLASS = 8

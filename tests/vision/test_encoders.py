@@ -4,9 +4,9 @@ import torch
 import torchvision
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision import libraries
-from contrastive_mm.vision.backbones import coarsest
-from contrastive_mm.vision.encoders import build_image_encoder
+from contrastive_mm.vision.encoders import libraries
+from contrastive_mm.vision.encoders.backbones import coarsest
+from contrastive_mm.vision.encoders.build import build_image_encoder
 
 SIZES = [
     ("small-conv", 8),
@@ -136,7 +136,7 @@ def test_an_unknown_name_offers_the_nearest(name, near):
 
 
 def test_without_timm_its_names_say_what_to_install(monkeypatch):
-    monkeypatch.setattr("contrastive_mm.vision.encoders.find_timm", lambda: None)
+    monkeypatch.setattr("contrastive_mm.vision.encoders.build.find_timm", lambda: None)
     monkeypatch.setattr(libraries, "find_timm", lambda: None)
     for name in ("timm/resnet18", "vit_tiny_patch16_224"):
         with pytest.raises(UserError, match=r'need one more package: pip install "contrastive_mm\[timm\]"'):

@@ -8,10 +8,10 @@ from pictures import picture
 from contrastive_mm.cli import main
 from contrastive_mm.errors import UserError
 from contrastive_mm.runs import open_run
-from contrastive_mm.vision import evaluate as command
-from contrastive_mm.vision.corruptions import KINDS
-from contrastive_mm.vision.evaluate import evaluate_images
-from contrastive_mm.vision.protocols import (
+from contrastive_mm.vision.evaluation import evaluate as command
+from contrastive_mm.vision.evaluation.corruptions import KINDS
+from contrastive_mm.vision.evaluation.evaluate import evaluate_images
+from contrastive_mm.vision.evaluation.protocols import (
     FrozenFeatures,
     score_clustering,
     score_corruption,
@@ -115,7 +115,7 @@ def test_the_probe_meets_the_images_corrupted(raw, monkeypatch):
     def turn(images, kind, severity, indices, seed):
         return images if severity < 3 else images[:, [2, 0, 1]]
 
-    monkeypatch.setattr("contrastive_mm.vision.protocols.corrupt", turn)
+    monkeypatch.setattr("contrastive_mm.vision.evaluation.protocols.corrupt", turn)
     result = score_corruption(raw, "jpeg")
     (curve,) = result["accuracy_by_severity"].values()
     assert curve[:3] == pytest.approx([0.6] * 3)

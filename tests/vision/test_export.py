@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from contrastive_mm.checkpoint import save_encoder
 from contrastive_mm.cli import main
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision import export as export_module
-from contrastive_mm.vision.constructions import fitting_construction
-from contrastive_mm.vision.encoders import build_image_encoder
-from contrastive_mm.vision.export import export_encoder, load_exported, plain_weights, read_run
-from contrastive_mm.vision.resnets import BLOCKS
-from contrastive_mm.vision.transformers import MOCO_V3
+from contrastive_mm.vision.encoders.build import build_image_encoder
+from contrastive_mm.vision.encoders.resnets import BLOCKS
+from contrastive_mm.vision.encoders.transformers import MOCO_V3
+from contrastive_mm.vision.export import export as export_module
+from contrastive_mm.vision.export.constructions import fitting_construction
+from contrastive_mm.vision.export.export import export_encoder, load_exported, plain_weights, read_run
 
 SCORES = {
     "untrained encoder": {"knn_accuracy": 0.25},

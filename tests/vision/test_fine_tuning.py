@@ -10,14 +10,19 @@ from contrastive_mm.cli import main
 from contrastive_mm.errors import UserError
 from contrastive_mm.runs import open_run
 from contrastive_mm.training import TrainerConfig
-from contrastive_mm.vision import few_labels
-from contrastive_mm.vision.distillation import DistillationConfig
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
-from contrastive_mm.vision.few_labels import FewLabels
-from contrastive_mm.vision.fine_tune import pretrained_classifier
-from contrastive_mm.vision.fine_tuning import FineTuningConfig, LightViews
-from contrastive_mm.vision.labelled import UNLABELLED, draw_labelled, labelled_batches, partly_labelled_batches
-from contrastive_mm.vision.stages import run_stage
+from contrastive_mm.vision.few_labels import training as few_labels
+from contrastive_mm.vision.few_labels.distillation import DistillationConfig
+from contrastive_mm.vision.few_labels.fine_tune import pretrained_classifier
+from contrastive_mm.vision.few_labels.fine_tuning import FineTuningConfig, LightViews
+from contrastive_mm.vision.few_labels.labelled import (
+    UNLABELLED,
+    draw_labelled,
+    labelled_batches,
+    partly_labelled_batches,
+)
+from contrastive_mm.vision.few_labels.stages import run_stage
+from contrastive_mm.vision.few_labels.training import FewLabels
 
 SHORT = FineTuningConfig(epochs=6, batch_size=8)
 

@@ -5,10 +5,10 @@ from pictures import break_file, levels, picture
 from PIL import Image
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.decoding import decode
+from contrastive_mm.vision.data.decoding import decode
+from contrastive_mm.vision.data.images import ImageSet, to_classes
+from contrastive_mm.vision.data.sources import find_images
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
-from contrastive_mm.vision.images import ImageSet, to_classes
-from contrastive_mm.vision.sources import find_images
 
 BOTH_MODES = pytest.mark.parametrize("memory_limit", [0, 1 << 30], ids=["decoded as read", "in memory"])
 

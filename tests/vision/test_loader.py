@@ -8,12 +8,12 @@ from PIL import Image
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.training.accelerator import current_device
-from contrastive_mm.vision.augment import ImageViewConfig, ImageViews
-from contrastive_mm.vision.decoding import Crop
+from contrastive_mm.vision.data.decoding import Crop
+from contrastive_mm.vision.data.images import ImageSet
+from contrastive_mm.vision.data.loader import CropBatches, CropWorkers, crop_draws, single_threaded_pool
+from contrastive_mm.vision.data.sources import find_images
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
-from contrastive_mm.vision.images import ImageSet
-from contrastive_mm.vision.loader import CropBatches, CropWorkers, crop_draws, single_threaded_pool
-from contrastive_mm.vision.sources import find_images
+from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews
 
 CROPS = [Crop(16), Crop(16), Crop(8, 0.05, 0.3)]
 

@@ -8,9 +8,9 @@ import torch
 from pictures import encoded, idx, levels
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.images import ImageSet
-from contrastive_mm.vision.packed import read_idx
-from contrastive_mm.vision.sources import find_images
+from contrastive_mm.vision.data.images import ImageSet
+from contrastive_mm.vision.data.packed import read_idx
+from contrastive_mm.vision.data.sources import find_images
 
 
 def write_parquet(path, **columns):

@@ -13,12 +13,13 @@ from test_augment import pictures
 from contrastive_mm.cli import main
 from contrastive_mm.errors import UserError
 from contrastive_mm.methods import SimCLR, SupCon, SwAV, SwAVConfig
-from contrastive_mm.vision import PRESETS, ImageViewConfig, ImageViews, Preset, Recipe, SmallConvNet, augment
-from contrastive_mm.vision.augment import normalise
+from contrastive_mm.vision import PRESETS, ImageViewConfig, ImageViews, Preset, Recipe, SmallConvNet
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
-from contrastive_mm.vision.mixing import CutMix, Mixup, draw_shares
-from contrastive_mm.vision.model_card import input_scaling
-from contrastive_mm.vision.presets import NORMALISATIONS
+from contrastive_mm.vision.export.model_card import input_scaling
+from contrastive_mm.vision.views import augment
+from contrastive_mm.vision.views.augment import normalise
+from contrastive_mm.vision.views.mixing import CutMix, Mixup, draw_shares
+from contrastive_mm.vision.views.presets import NORMALISATIONS
 
 # Crop scale, flip, jitter and its strengths, grey, blur, solarise of each full view: from the papers and the released
 # code, as they stand there.

@@ -9,11 +9,11 @@ from test_augment import pictures
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
-from contrastive_mm.vision import randaugment
-from contrastive_mm.vision.augment import ImageViewConfig, ImageViews
-from contrastive_mm.vision.draws import draw_plan
-from contrastive_mm.vision.presets import Recipe
-from contrastive_mm.vision.randaugment import OPERATIONS, rand_augment_
+from contrastive_mm.vision.views import randaugment
+from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews
+from contrastive_mm.vision.views.draws import draw_plan
+from contrastive_mm.vision.views.presets import Recipe
+from contrastive_mm.vision.views.randaugment import OPERATIONS, rand_augment_
 
 TORCHVISION = {
     "identity": "Identity",

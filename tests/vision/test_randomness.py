@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_augment import pictures
 
-from contrastive_mm.vision import colour as colours
-from contrastive_mm.vision.augment import ImageViewConfig, ImageViews
-from contrastive_mm.vision.draws import draw_jitter
-from contrastive_mm.vision.presets import Preset, Recipe, simclr_jitter
+from contrastive_mm.vision.views import colour as colours
+from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews
+from contrastive_mm.vision.views.draws import draw_jitter
+from contrastive_mm.vision.views.presets import Preset, Recipe, simclr_jitter
 
 COPIES = 64
 OFF = {"crop_scale": 1.0, "flip": 0.0, "jitter": 0.0, "greyscale": 0.0, "blur": 0.0}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from contrastive_mm.vision.resnets import SelectiveKernel, ShortcutPool, SimCLRResNet, simclr_resnet
+from contrastive_mm.vision.encoders.resnets import SelectiveKernel, ShortcutPool, SimCLRResNet, simclr_resnet
 
 # Millions of weights, BatchNorm's running statistics included: SimCLR v2, table 1.
 PUBLISHED = {

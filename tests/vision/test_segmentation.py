@@ -12,17 +12,17 @@ from contrastive_mm.errors import UserError
 from contrastive_mm.metrics import read_metrics
 from contrastive_mm.training import Trainer, TrainerConfig
 from contrastive_mm.views import Views
-from contrastive_mm.vision.dense_batches import SceneLoader, SceneViews, scene_batches
-from contrastive_mm.vision.dense_data import VOID, DenseData, Scene, read_class_map, read_dense_data
-from contrastive_mm.vision.encoders import build_image_encoder
-from contrastive_mm.vision.pyramid import PyramidBackbone
-from contrastive_mm.vision.segmentation import (
+from contrastive_mm.vision.dense.batches import SceneLoader, SceneViews, scene_batches
+from contrastive_mm.vision.dense.data import VOID, DenseData, Scene, read_class_map, read_dense_data
+from contrastive_mm.vision.dense.pyramid import PyramidBackbone
+from contrastive_mm.vision.dense.segmentation import (
     Segmentation,
     SegmentationConfig,
     Segmenter,
     mean_overlap,
     segment_scenes,
 )
+from contrastive_mm.vision.encoders.build import build_image_encoder
 
 # pycocotools 2.0.11 and NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -7,9 +7,9 @@ import torch
 from pictures import encoded, levels
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.images import ImageSet
-from contrastive_mm.vision.shards import expand_shards
-from contrastive_mm.vision.sources import find_images
+from contrastive_mm.vision.data.images import ImageSet
+from contrastive_mm.vision.data.shards import expand_shards
+from contrastive_mm.vision.data.sources import find_images
 
 
 def write_tar(path, members, mode="w"):

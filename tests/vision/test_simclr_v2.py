@@ -5,7 +5,8 @@ import pytest
 
 from contrastive_mm.cli import main
 from contrastive_mm.training import Trainer
-from contrastive_mm.vision import few_labels, simclr_v2
+from contrastive_mm.vision.few_labels import simclr_v2
+from contrastive_mm.vision.few_labels import training as few_labels
 
 STAGES = [
     "from scratch",

@@ -6,8 +6,8 @@ import torch
 from pictures import encoded, idx, levels, picture
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.images import ImageSet
-from contrastive_mm.vision.sources import find_images
+from contrastive_mm.vision.data.images import ImageSet
+from contrastive_mm.vision.data.sources import find_images
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from test_shards import sample, write_tar
 from contrastive_mm.configuration import parse_run
 from contrastive_mm.errors import UserError
 from contrastive_mm.runs import evaluate_run, pretrain
-from contrastive_mm.vision import stream_batches, streaming
-from contrastive_mm.vision.decoding import Crop
+from contrastive_mm.vision.data import stream_batches, streaming
+from contrastive_mm.vision.data.decoding import Crop
+from contrastive_mm.vision.data.loader import CropWorkers
+from contrastive_mm.vision.data.sources import find_images
+from contrastive_mm.vision.data.stream_batches import StreamBatches
+from contrastive_mm.vision.data.streaming import open_stream
 from contrastive_mm.vision.domain import ImageDomain, VisionConfig
-from contrastive_mm.vision.loader import CropWorkers
-from contrastive_mm.vision.sources import find_images
-from contrastive_mm.vision.stream_batches import StreamBatches
-from contrastive_mm.vision.streaming import open_stream
 
 CROPS = [Crop(8), Crop(4, 0.2, 0.6)]
 SIZES = [7, 4, 9]

@@ -7,14 +7,14 @@ from torchvision.models import VisionTransformer
 from contrastive_mm.errors import UserError
 from contrastive_mm.methods import get_method
 from contrastive_mm.training import Trainer, TrainerConfig
-from contrastive_mm.vision.augment import ImageViews
-from contrastive_mm.vision.encoders import build_image_encoder
-from contrastive_mm.vision.transformers import (
+from contrastive_mm.vision.encoders.build import build_image_encoder
+from contrastive_mm.vision.encoders.transformers import (
     MOCO_V3,
     VisionTransformerEncoder,
     resized_positions,
     sine_cosine_positions,
 )
+from contrastive_mm.vision.views.augment import ImageViews
 
 # Millions of weights: MoCo v3, table 2.
 PUBLISHED = {"vit-small-moco-v3": 22, "vit-base-moco-v3": 86, "vit-large-moco-v3": 304}

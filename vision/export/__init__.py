@@ -1,0 +1,1 @@
+"""An encoder in other people's formats."""

@@ -1,0 +1,1 @@
+"""Classifiers from few labels: fine-tuning, distillation, SimCLR v2's three stages."""

@@ -1,0 +1,1 @@
+"""Views of images: crops, flips, colour, blur, RandAugment, mixing, and the published recipes."""
