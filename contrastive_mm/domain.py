@@ -61,9 +61,13 @@ class Domain(Protocol):
     config_class: ClassVar[type[Any]]
     default_method: ClassVar[str]
     config: Any
-    make_views: ViewMaker
 
     def __init__(self, config: Any, seed: int, saved: Path | None = None) -> None: ...
+
+    @property
+    def make_views(self) -> ViewMaker:
+        """What makes views of a batch; an attribute will do."""
+        ...
 
     def build_encoder(self) -> nn.Module:
         """A new encoder with an integer ``feature_dim``, initialised from torch's global random state."""

@@ -26,7 +26,7 @@ from contrastive_mm.evaluation import (
 )
 from contrastive_mm.progress import progress
 from contrastive_mm.training.accelerator import current_device
-from contrastive_mm.vision.data.images import ImageSet, ImageSource
+from contrastive_mm.vision.data.images import ImageSet, ImageSource, join_sources
 from contrastive_mm.vision.data.loader import CropBatches, CropWorkers
 from contrastive_mm.vision.data.sources import find_images
 from contrastive_mm.vision.data.stream_batches import StreamBatches
@@ -91,7 +91,15 @@ class VisionConfig:
 
 
 class ImageDomain:
-    """Pretrains image encoders and scores them (kNN, linear probe, few labels)."""
+    """Pretrains image encoders and scores them (kNN, linear probe, few labels).
+
+    Args:
+        config: the options.
+        seed: of data order and views.
+        saved: folder of the run, which holds nothing more that is needed.
+        test_data: images to score on, as ``find_images`` takes them. They take the place of the held-back part, and
+            all others are learnt from. No training should see them: it is for evaluation.
+    """
 
     config_class: ClassVar[type[VisionConfig]] = VisionConfig
     default_method: ClassVar[str] = "simclr"
@@ -104,9 +112,15 @@ class ImageDomain:
         "simclr-v2": "contrastive_mm.vision.few_labels.simclr_v2:simclr_v2",
     }
 
-    def __init__(self, config: VisionConfig, seed: int, saved: Path | None = None) -> None:
+    def __init__(
+        self, config: VisionConfig, seed: int, saved: Path | None = None, test_data: str | None = None
+    ) -> None:
         self.seed = seed
+        self.test_data = test_data
         source = find_images(config.data)
+        learnt = len(source)
+        if test_data is not None:
+            source = join_sources(source, find_images(test_data), test_data)
         self.image_size = config.image_size or native_size(source)
         self.config = replace(config, image_size=self.image_size)
         # Views are cropped from somewhat more than their own size, where images are large enough to have it.
@@ -114,7 +128,11 @@ class ImageDomain:
         limit = memory_limit(config.storage, self.image_size)
         self.images = ImageSet(source, stored_size, config.max_broken, limit, config.workers)
         self.labels, self.class_names = self.images.labels, source.class_names
-        self.train_rows, self.validation_rows = split_rows(len(self.images), self.labels, config.validation_share)
+        if test_data is None:
+            self.train_rows, self.validation_rows = split_rows(len(self.images), self.labels, config.validation_share)
+        else:
+            first = self.images.rows < learnt
+            self.train_rows, self.validation_rows = first.nonzero().flatten(), (~first).nonzero().flatten()
         self.make_views = ImageViews(self.image_size, config.views, seed)
         # What the encoder was trained to see is a part of what it is: also where a preset changes.
         views = replace(config.views, normalisation=self.make_views.preset.normalisation)

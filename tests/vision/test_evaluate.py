@@ -1,11 +1,11 @@
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from pictures import picture
 
 from contrastive_mm.cli import main
+from contrastive_mm.configuration import parse_run
 from contrastive_mm.errors import UserError
 from contrastive_mm.runs import open_run
 from contrastive_mm.vision.evaluation import evaluate as command
@@ -276,10 +276,10 @@ def test_an_output_that_is_a_file_is_refused(run, tmp_path):
         evaluate_images(run, output=tmp_path / "file")
 
 
-def test_a_run_of_another_domain_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "open_run", lambda run, data: (SimpleNamespace(domain="nlp"), object()))
-    monkeypatch.setattr(command, "_encoders", lambda *options: {})
-    with pytest.raises(UserError, match="a run of nlp"):
+def test_a_run_of_another_domain_is_named(tmp_path):
+    config, _ = parse_run("nlp", ["--data=pydoc-topics"])
+    config.save(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="is a run of nlp, not of vision"):
         evaluate_images(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -46,11 +47,49 @@ def open_folder(path: Path) -> ImageSource:
     if packed:
         return open_idx([path / name for name in packed])
     if tables:
-        return open_parquet([path / name for name in tables])
+        return open_parquet(_refuse_split_files(path, tables))
     if tars:
-        return open_tars([str(path / name) for name in tars])
+        return open_tars([str(file) for file in _refuse_split_files(path, tars)])
     known = " ".join(sorted(IMAGE_SUFFIXES))
     raise UserError(f"No images in {path}: looked for {known} in it and its folders.")
+
+
+def open_split(path: Path, split: str) -> ImageSource:
+    """One split of a folder: its folder of that name, or the IDX files, Parquet files or tar shards so called.
+
+    Files are of the split ``test`` where their names begin with ``test`` (or with ``t10k``, as MNIST's do).
+
+    Raises:
+        UserError: there is none; or as ``open_folder``.
+    """
+    if (path / split).is_dir():
+        return open_folder(path / split)
+    names = [name for name in _walk(path) if _split_of(name) == split]
+    if packed := [name for name in names if name.endswith(IDX_ENDINGS)]:
+        return open_idx([path / name for name in packed], "t10k" if split == "test" else split)
+    if tables := [name for name in names if name.lower().endswith(".parquet")]:
+        return open_parquet([path / name for name in tables])
+    if tars := [name for name in names if name.lower().endswith(".tar")]:
+        return open_tars([str(path / name) for name in tars])
+    raise UserError(f"{path} has no split '{split}': no folder of that name, and no file whose name begins with it.")
+
+
+def _split_of(name: str) -> str:
+    """What a file's name begins with, up to a sign: the split, where a data set is written in splits."""
+    first = re.split(r"[^A-Za-z0-9]", os.path.basename(name))[0].lower()
+    return "test" if first == "t10k" else first
+
+
+def _refuse_split_files(path: Path, names: list[str]) -> list[Path]:
+    """The files of one data set; refuses those of several splits, which nobody wants to train on at once."""
+    splits = {_split_of(name) for name in names}
+    if splits & TRAIN_FOLDERS and splits & HELD_BACK_FOLDERS:
+        train = next(iter(splits & TRAIN_FOLDERS))
+        raise UserError(
+            f"The files of {path} are of several splits ({', '.join(sorted(splits))}): choose one, such as "
+            f"{path}:{train}."
+        )
+    return [path / name for name in names]
 
 
 def _open_files(path: Path, names: list[str]) -> ImageSource:

@@ -95,6 +95,47 @@ def _is_missing(value: Any) -> bool:
     return value is None or value != value or value == UNLABELLED
 
 
+def join_sources(first: ImageSource, second: ImageSource, name: str) -> ImageSource:
+    """Images to learn from, and after them images to score on, whose classes are the first's by name.
+
+    Args:
+        first: with labels.
+        second: with labels.
+        name: what the second is called, for errors.
+
+    Raises:
+        UserError: one of them has no labels, or the second a class that the first has not.
+    """
+    if first.labels is None or first.class_names is None:
+        raise UserError(f"--data has no labels to learn from, so --test-data {name} can't be scored.")
+    if second.labels is None or second.class_names is None:
+        raise UserError(f"--test-data {name} has no labels to score by.")
+    numbers = {class_name: number for number, class_name in enumerate(first.class_names)}
+    held = second.labels.unique()
+    strange = [second.class_names[i] for i in held[held >= 0].tolist() if second.class_names[i] not in numbers]
+    if strange:
+        shown = ", ".join(list(numbers)[:5]) + (", ..." if len(numbers) > 5 else "")
+        raise UserError(f"--test-data {name} has the class {strange[0]}, which --data has not (it has {shown}).")
+    renumbered = torch.tensor([numbers.get(each, UNLABELLED) for each in second.class_names] + [UNLABELLED])
+    labels = torch.cat([first.labels, renumbered[second.labels]])  # -1, for no label, is the last there too
+    count, ends = len(first), (first.ends, second.ends)
+
+    def read_ends(row: int) -> Ends:
+        part, number = (0, row) if row < count else (1, row - count)
+        read = ends[part]
+        if read is None:
+            raise ValueError("its ends can't be read")  # which makes it an image to decode
+        return read(number)
+
+    return ImageSource(
+        first.ids + second.ids,
+        lambda row: first.open_image(row) if row < count else second.open_image(row - count),
+        labels,
+        first.class_names,
+        ends=read_ends,
+    )
+
+
 class ImageSet:
     """Images of one size as bytes: all in memory, or decoded each time they are read.
 

@@ -22,8 +22,6 @@ from contrastive_mm.vision.data.integrity import ends_of
 
 IMAGE_COLUMNS = ("image", "img", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-IDX_IMAGES = "train-images"
-IDX_LABELS = "train-labels"
 
 
 def open_parquet(paths: list[Path]) -> ImageSource:
@@ -86,24 +84,25 @@ def open_cell(cell: Any) -> Image.Image:
     return Image.open(io.BytesIO(cell_bytes(cell)))
 
 
-def open_idx(files: list[Path]) -> ImageSource:
+def open_idx(files: list[Path], split: str = "train") -> ImageSource:
     """The grey images of ``train-images-idx3-ubyte``, labelled by the file ``train-labels`` beside it.
 
     Args:
         files: the files of a folder, among them these, gzipped or not.
+        split: what the files' names begin with; ``t10k`` in the test split of MNIST and its kin.
 
     Raises:
         UserError: the images are not there, a file is broken, or there is not one label an image.
     """
-    images = [file for file in files if file.name.startswith(IDX_IMAGES)]
+    images = [file for file in files if file.name.startswith(f"{split}-images")]
     if not images:
-        raise UserError(f"No {IDX_IMAGES}-idx3-ubyte in {files[0].parent}.")
+        raise UserError(f"No {split}-images-idx3-ubyte in {files[0].parent}.")
     path = images[0]
     pixels = read_idx(path)
     if pixels.ndim != 3:
         raise UserError(f"{path} holds an array of {pixels.ndim} dimensions; grey images have 3.")
     labels: Classes = (None, None)
-    found = [file for file in files if file.name.startswith(IDX_LABELS) and file.parent == path.parent]
+    found = [file for file in files if file.name.startswith(f"{split}-labels") and file.parent == path.parent]
     if found:
         values = read_idx(found[0])
         if values.shape != pixels.shape[:1]:

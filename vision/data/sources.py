@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from contrastive_mm.errors import UserError, unknown_name
-from contrastive_mm.vision.data.folders import open_folder
+from contrastive_mm.vision.data.folders import open_folder, open_split
 from contrastive_mm.vision.data.hub import open_hub
 from contrastive_mm.vision.data.images import ImageSource, to_classes
 from contrastive_mm.vision.data.packed import from_arrays, open_parquet
@@ -35,9 +35,9 @@ def find_images(data: str) -> ImageSource:
     Args:
         data: a folder of images (see ``open_folder``), of Parquet, IDX or tar files; a Parquet file with an image
             column; tar shards by a pattern (``shards/train-{000..015}.tar``, see ``expand_shards``); ``digits``; a
-            torchvision data set by name (cifar10, cifar100, fashion-mnist, mnist, stl10, svhn); or a Hugging Face
-            data set, ``hf:owner/name``. ``:test`` behind a name chooses a split. Of a stream (``stream:``, see
-            ``open_stream``) it is the first thousand images, without labels.
+            torchvision data set by name (cifar10, cifar100, fashion-mnist, mnist, stl10, svhn); or a Hugging Face data
+            set, ``hf:owner/name``. ``:test`` behind a name or a folder (see ``open_split``) chooses a split. Of a
+            stream (``stream:``, see ``open_stream``) it is the first thousand images, without labels.
 
     Raises:
         UserError: nothing is there, no image is in it, or there is no such split.
@@ -47,7 +47,14 @@ def find_images(data: str) -> ImageSource:
     if data.startswith(STREAM):
         return stream_sample(open_stream(data))
     path = Path(data).expanduser()
-    source = _open_path(path) if path.exists() else _open_name(data)
+    place, _, split = data.rpartition(":")
+    folder = Path(place).expanduser() if place else None
+    if path.exists():
+        source = _open_path(path)
+    elif folder is not None and folder.is_dir():
+        source = open_split(folder, split)
+    else:
+        source = _open_name(data)
     if not len(source):
         raise UserError(f"{data} holds no images.")
     return source

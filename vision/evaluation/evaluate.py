@@ -26,13 +26,10 @@ from contrastive_mm.runs import (
     METRICS_FILE,
     REPRESENTATIONS,
     add_run_pictures,
-    evaluation_files,
-    open_run,
     trained_encoder,
     untrained_encoder,
 )
 from contrastive_mm.training.accelerator import make_accelerator
-from contrastive_mm.vision.domain import ImageDomain
 from contrastive_mm.vision.evaluation.corruptions import KINDS
 from contrastive_mm.vision.evaluation.protocols import PROTOCOLS, FrozenFeatures, Result, score_corruption, settings_of
 from contrastive_mm.vision.evaluation.report import (
@@ -42,6 +39,7 @@ from contrastive_mm.vision.evaluation.report import (
     add_evaluation,
     table_rows,
 )
+from contrastive_mm.vision.image_runs import image_evaluation_files, open_image_run
 
 ROBUSTNESS = "robustness"
 PROTOCOL_NAMES = ("knn", "linear", "few-labels", "retrieval", "clustering", ROBUSTNESS, "geometry")
@@ -68,6 +66,7 @@ class Evaluation:
 def evaluate(
     run: Positional[Path],
     data: str | None = None,
+    test_data: str | None = None,
     only: str = "",
     corruption_kinds: str = "",
     seed: int = 0,
@@ -77,12 +76,14 @@ def evaluate(
     """Score a run's frozen encoder beside the untrained encoder and raw pixels.
 
     Protocols: knn, linear, few-labels, retrieval, clustering, robustness, geometry. Each learns from the training
-    part of the data and is scored on the part held back; no held-back label chooses anything. Results are written
-    as they come: a second call goes on where the first stopped.
+    part of the data and is scored on the part held back, or on a test split; no label that scores chooses anything.
+    Results are written as they come: a second call goes on where the first stopped.
 
     Args:
         run: folder of the run.
         data: evaluate on other data than it was trained on (transfer), with a split of its own.
+        test_data: score on these images (cifar10:test, a folder, FOLDER:test) and learn from all of --data, held-back
+            part and all.
         only: some of the protocols, with commas between them; all by default.
         corruption_kinds: some of gaussian_noise, gaussian_blur, brightness, contrast, pixelate, jpeg, with commas
             between them; all by default.
@@ -90,7 +91,9 @@ def evaluate(
         output: folder for evaluation.json and report.html; the run's by default.
         overwrite: compute again what has been computed.
     """
-    found = evaluate_images(run, data, _choices(only), _choices(corruption_kinds), seed, output, overwrite)
+    found = evaluate_images(
+        run, data, _choices(only), _choices(corruption_kinds), seed, output, overwrite, test_data=test_data
+    )
     if found.rows:
         print(text_table(["protocol", *REPRESENTATIONS], [row.cells(REPRESENTATIONS) for row in found.rows]))
     reasons: dict[str, list[str]] = {}
@@ -113,12 +116,13 @@ def evaluate_images(
     seed: int = 0,
     output: Path | None = None,
     overwrite: bool = False,
+    test_data: str | None = None,
 ) -> Evaluation:
     """As ``evaluate``, for programs.
 
     Writes ``evaluation.json`` and ``report.html`` (for other data ``evaluation-<data>.json`` and
-    ``report-<data>.html``) into ``output``. Results that stand there already are kept where the encoder, the data
-    and the protocol's settings are the same.
+    ``report-<data>.html``, where a test split gives its name too) into ``output``. Results that stand there already
+    are kept where the encoder, the data and the protocol's settings are the same.
 
     Raises:
         UserError: no such run, data, protocol or kind of corruption; or ``output`` is a file.
@@ -127,13 +131,11 @@ def evaluate_images(
     folder = run if output is None else output
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; give a folder.")
-    config, domain = open_run(run, data)
+    config, domain = open_image_run(run, data, test_data)
     device = make_accelerator().device
     encoders = _encoders(run, config, domain, device)
-    if not isinstance(domain, ImageDomain):
-        raise UserError(f"{run} is a run of {config.domain}; use `contrastive-mm evaluate {run}`.")
     features = FrozenFeatures(domain, encoders, device, seed)
-    results_file, report = evaluation_files(folder, data)
+    results_file, report = image_evaluation_files(folder, data, test_data)
     kept = KeptResults(results_file, _subject(run, config, features), overwrite)
     left_out = _reasons(features, tasks)
     _compute(features, {name: task for name, task in tasks.items() if name not in left_out}, kept)
@@ -142,7 +144,7 @@ def evaluate_images(
     every = table_rows(kept.results, list(kept.results))
     scores = {name: {row.metric: row.values[name] for row in every} for name in REPRESENTATIONS}
     step = lines[-1]["step"] if lines else None
-    kept.write(data=config.domain_options.data, step=step, scores=scores, left_out=left_out)
+    kept.write(data=config.domain_options.data, test_data=test_data, step=step, scores=scores, left_out=left_out)
     _write_report(run, config, features, kept.results, every, left_out, report)
     return Evaluation(rows, left_out, results_file, report)
 

@@ -17,12 +17,13 @@ from contrastive_mm.configuration import RunConfig
 from contrastive_mm.errors import UserError
 from contrastive_mm.methods import get_method
 from contrastive_mm.report import text_table
-from contrastive_mm.runs import ENCODER_FILE, open_run
+from contrastive_mm.runs import ENCODER_FILE
 from contrastive_mm.vision.domain import ImageDomain
 from contrastive_mm.vision.few_labels.classifiers import Classifier
 from contrastive_mm.vision.few_labels.fine_tuning import FineTuningConfig
 from contrastive_mm.vision.few_labels.labelled import draw_labelled
 from contrastive_mm.vision.few_labels.training import FewLabels
+from contrastive_mm.vision.image_runs import open_image_run
 
 RESULT_FILE = "fine_tuning.json"
 STAGES = {"from scratch": "from-scratch", "linear probe": "linear-probe", "fine-tuned": "fine-tuned"}
@@ -34,6 +35,7 @@ def fine_tune(
     labels: float = 0.1,
     kept_layers: int | None = None,
     data: str | None = None,
+    test_data: str | None = None,
     seed: int | None = None,
     output: Path | None = None,
     overwrite: bool = False,
@@ -50,14 +52,13 @@ def fine_tune(
         kept_layers: layers of SimCLR v2's projection head to start from; by default what the run says, and for
             other methods 0, which starts from the encoder's output.
         data: fine-tune on other data than the encoder was pretrained on.
+        test_data: score on these images (cifar10:test, a folder, FOLDER:test) and take --labels of all of --data.
         seed: decides which labels are drawn, the order and the views; by default the run's.
         output: folder of the three trainings; by default fine-tuning/labels-SHARE-seed-SEED in the run.
         overwrite: delete what that folder holds and begin anew.
         options: of the training.
     """
-    config, domain = open_run(run, data)
-    if not isinstance(domain, ImageDomain):
-        raise UserError(f"{run} is a run of {config.domain}: only vision's can be fine-tuned here.")
+    config, domain = open_image_run(run, data, test_data)
     base = config.trainer if seed is None else dataclasses.replace(config.trainer, seed=seed)
     folder = output or run / "fine-tuning" / f"labels-{labels:g}-seed-{base.seed}"
     classes = None if domain.class_names is None else len(domain.class_names)

@@ -38,6 +38,7 @@ Scores = dict[str, dict[str, float]]
 
 def simclr_v2(
     data: str | None = None,
+    test_data: str | None = None,
     config: str | None = None,
     encoder: str | None = None,
     student: str | None = None,
@@ -58,6 +59,7 @@ def simclr_v2(
 
     Args:
         data: images with labels, as for pretraining; by default the recipe's.
+        test_data: score on these images (cifar10:test, a folder, FOLDER:test) and hold nothing of --data back.
         config: recipe of the pretraining (a file, or a name that comes with the domain); its augmentations, device,
             precision and log are those of all stages.
         encoder: what is pretrained and fine-tuned; by default the recipe's.
@@ -75,7 +77,10 @@ def simclr_v2(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder.")
     settings = _pretraining(data, config, encoder, epochs)
-    domain = _checked_domain(settings, student, labels)
+    if test_data is not None:  # all of --data is for training, in every stage
+        options = dataclasses.replace(settings.domain_options, validation_share=0.0)
+        settings = dataclasses.replace(settings, domain_options=options)
+    domain = _checked_domain(settings, student, labels, test_data)
     settings = dataclasses.replace(settings, domain_options=domain.config)
     if overwrite:
         _clear(output)
@@ -93,9 +98,11 @@ def _pretraining(data: str | None, config: str | None, encoder: str | None, epoc
     return settings
 
 
-def _checked_domain(settings: RunConfig[Any, Any], student: str | None, labels: tuple[float, ...]) -> ImageDomain:
+def _checked_domain(
+    settings: RunConfig[Any, Any], student: str | None, labels: tuple[float, ...], test_data: str | None
+) -> ImageDomain:
     """The images; what only the last stage would stumble over is refused here, before the first."""
-    domain = ImageDomain(settings.domain_options, settings.trainer.seed)
+    domain = ImageDomain(settings.domain_options, settings.trainer.seed, test_data=test_data)
     held_back(domain)
     for share in labels:
         draw_labelled(domain.labels, domain.train_rows, share, 0)

@@ -140,7 +140,9 @@ class FewLabels:
 
     def _data(self) -> dict[str, Any]:
         rows = torch.stack([self.labelled.rows, self.labelled.labels])
-        return {"data": self.domain.config.data, "labelled": fingerprint(rows), "images": len(self.domain.train_rows)}
+        domain = self.domain
+        data = {"data": domain.config.data, "test_data": domain.test_data, "images": len(domain.train_rows)}
+        return data | {"labelled": fingerprint(rows)}
 
     def _views(self) -> LightViews:
         preset, own = self.domain.make_views.preset, self.options
