@@ -78,9 +78,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--student", default="small-conv-8")
     parser.add_argument("--hidden-dim", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=20, help="of the pretraining")
-    parser.add_argument("--distillation-epochs", type=int, default=15)
-    parser.add_argument("--fine-tuning-batch-size", type=int, default=FineTuningConfig.batch_size)
-    parser.add_argument("--fine-tuning-crop-scale", type=float, help="by default as in pretraining")
+    parser.add_argument("--distillation-epochs", type=int, default=40)
+    parser.add_argument("--distillation-batch-size", type=int, default=128)
+    parser.add_argument("--distillation-learning-rate", type=float, default=3e-3)
+    parser.add_argument("--fine-tuning-batch-size", type=int, default=16)
+    parser.add_argument("--fine-tuning-crop-scale", type=float, default=0.6, help="of distillation too")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder of the runs, to go on where a killed one was")
     options = parser.parse_args()
@@ -97,14 +100,22 @@ def main() -> None:
     data.mkdir(parents=True, exist_ok=True)
     first_images(options.data, options.images, data)
     write_recipe(options, data, recipe)
-    crop_scale, batch_size = options.fine_tuning_crop_scale, options.fine_tuning_batch_size
+    torch.set_num_threads(options.threads)
+    fine_tuning = FineTuningConfig(
+        batch_size=options.fine_tuning_batch_size, crop_scale=options.fine_tuning_crop_scale
+    )
+    distillation = DistillationConfig(
+        epochs=options.distillation_epochs,
+        batch_size=options.distillation_batch_size,
+        learning_rate=options.distillation_learning_rate,
+    )
     simclr_v2(
         config=str(recipe),
         student=options.student,
         seeds=options.seeds,
         output=output,
-        fine_tuning=FineTuningConfig(batch_size=batch_size, crop_scale=crop_scale),
-        distillation=DistillationConfig(epochs=options.distillation_epochs),
+        fine_tuning=fine_tuning,
+        distillation=distillation,
     )
     seeds = json.loads((output / RESULT_FILE).read_text(encoding="utf-8"))["seeds"]
     settings = {name: value for name, value in vars(options).items() if name not in ("data", "output")}

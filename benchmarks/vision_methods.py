@@ -6,9 +6,9 @@
 ``--cifar10`` a Parquet file of its training split with the columns ``image`` and ``label``. Of each the first
 ``--images`` are used, as many of each class, reduced to ``--size`` pixels; a fifth of each class is held back and
 scores the last epoch, by weighted kNN and by a linear probe on the frozen features, as ``contrastive-mm vision
-evaluate`` does. All methods have the same encoder, views, batch, optimiser and epochs; what is their own (``OWN``) was
-chosen on other images of the training splits (``--skip``). Supervised training has the same encoder, all labels, and
-crops and flips for views.
+evaluate`` does. All methods have the same encoder, views, batch, optimiser, rate and epochs, and their options'
+defaults: none is tuned. The views were chosen with SimCLR on other images of the training splits (``--skip``).
+Supervised training has the same encoder, all labels, and crops and flips for views.
 
 Each cell is a folder in ``--output``: a command that was killed goes on where it was. The table goes to
 ``benchmarks/results/vision_methods.json``, ``.md`` and ``.png``.
@@ -54,8 +54,6 @@ VIEWS = {
     "cifar10": ["--augmentation=simclr-cifar"],
 }
 COMMON = ["--batch-size=256", "--learning-rate=2e-3", "--validation-share=0.2", "--diagnose"]
-OWN: dict[str, list[str]] = {}
-"""Options of single methods; the others have their defaults."""
 
 
 def chosen(labels: np.ndarray, options: argparse.Namespace) -> np.ndarray:
@@ -97,7 +95,7 @@ def run_cell(data: Path, dataset: str, name: str, seed: int, options: argparse.N
     method = "simclr" if name in BASELINES else name
     flags = [f"--data={data}", f"--image-size={options.size}", f"--encoder={options.encoder}", f"--seed={seed}"]
     flags += [f"--epochs={options.epochs}", f"--precision={options.precision}", f"--method={method}"]
-    flags += [*COMMON, *VIEWS[dataset], *OWN.get(name, []), *options.extra]
+    flags += [*COMMON, *VIEWS[dataset], *options.extra]
     config, _ = parse_run("vision", flags)
     supervised = FineTuningConfig(
         epochs=options.supervised_epochs, batch_size=256, scratch_learning_rate=2e-3, weight_decay=1e-4
@@ -225,7 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=0, help="images at the beginning to leave out")
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--encoder", default="small-conv-16")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--supervised-epochs", type=int, default=30)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -259,7 +257,7 @@ def main() -> None:
         "command": "python benchmarks/vision_methods.py --cifar10 train.parquet",
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": processor(), "jobs": options.jobs, "torch": torch.__version__},
-        "settings": settings | {"common": COMMON, "views": VIEWS, "own": OWN},
+        "settings": settings | {"common": COMMON, "views": VIEWS},
         "summary": found,
         "cells": cells,
         "seconds": round(time.perf_counter() - began),
