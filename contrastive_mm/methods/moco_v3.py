@@ -24,7 +24,8 @@ class MoCoV3Config(MethodOptions):
     momentum: float = 0.99
     """Share of the key encoder kept at each step, rising to 1 over the run on half a cosine."""
     projection_layers: int = 3
-    """Linear layers of the projection head: 3 is the released code's; 0 compares the encoder's features themselves."""
+    """Linear layers of the projection head: 3 is the paper's (the released code has 2 for ResNet-50); 0 compares the
+    encoder's features themselves."""
     hidden_dim: int = 512
     """Width of the heads' hidden layers (4096 in the paper)."""
     projection_dim: int = 128
@@ -37,8 +38,8 @@ class MoCoV3(Method):
     Both views are queries, behind projection and prediction head, and both are keys, from the momentum encoder
     without prediction head; a query's negatives are the other keys of the batch. Both directions are added and
     multiplied by 2 T, as in the algorithm: the gradient keeps its size when T changes. The projection head has three
-    layers with BatchNorm after each, without affine weights in the last, as in the released code; the paper's
-    section 4 names a plain MLP.
+    layers and the prediction head two, with BatchNorm after each (section 5), without affine weights in the last, as
+    in the released code for ViT. That for ResNet-50 has two layers, and no BatchNorm after the prediction head's last.
     """
 
     config_class = MoCoV3Config

@@ -43,7 +43,7 @@ class NNCLR(Method):
     for the other view are the keys; both directions are averaged. The paper's projection head has three layers with
     BatchNorm after each, the last one too; its prediction head has two. As in the paper one view's projections go
     into the queue. Until the queue holds anything, a view is its own neighbour (the paper starts from a random
-    queue). The authors released no code.
+    queue). No released code of the authors was found to compare with.
     """
 
     config_class = NNCLRConfig

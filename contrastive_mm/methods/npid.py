@@ -51,7 +51,7 @@ class NPID(Method):
     """Non-parametric instance discrimination (Wu et al. 2018, arXiv 1805.01978, equations 2 to 7).
 
     A view's feature behind one linear layer is told from noise samples of the bank: with ``h`` the posterior
-    probability that a feature is the sample's own (equation 5), the loss is the noise-contrastive one (equation 7).
+    probability that a feature is the sample's own (equation 6), the loss is the noise-contrastive one (equation 7).
     Features of all views of a step are mixed into their samples' slots afterwards. Needs ``Views.sample_ids``, and
     refuses ``Views.positives``: they relate the rows of two views, and views are compared with slots here. A mixed
     view would be written into the slot of one sample, and spoil it.

@@ -30,8 +30,9 @@ class SimCLRConfig(MethodOptions):
 class SimCLR(Method):
     """SimCLR (Chen et al. 2020, arXiv 2002.05709): NT-Xent over two views of each sample (equation 1).
 
-    The head follows the released code, which puts BatchNorm behind the hidden layer where the paper's figure
-    shows a plain two-layer perceptron. The encoder's output before the head is the representation (section 4.2).
+    The paper's section 2.1 has a plain two-layer perceptron for a head; the released code puts BatchNorm behind both
+    layers, this one behind the hidden layer. The encoder's output before the head is the representation
+    (section 4.2).
     """
 
     config_class = SimCLRConfig

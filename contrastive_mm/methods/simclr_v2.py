@@ -26,7 +26,8 @@ class SimCLRV2Config(BankOptions):
     projection_layers: int = 3
     """Linear layers of the projection head (3 in the paper)."""
     kept_layers: int = 1
-    """Layers of the head that `fine_tuning_encoder` keeps (1 in the paper; 0 keeps none, as SimCLR v1)."""
+    """Layers of the head that `fine_tuning_encoder` keeps (1 in the paper for few labels; 0, the paper's for all
+    labels and SimCLR v1's, keeps none)."""
     hidden_dim: int = 512
     """Width of the projection head's hidden layers (the encoder's width in the paper)."""
     projection_dim: int = 128
@@ -50,9 +51,10 @@ class SimCLRV2(Method):
     """SimCLR v2's pretraining (Chen et al. 2020, arXiv 2006.10029, section 2).
 
     NT-Xent behind a three-layer head; ``fine_tuning_encoder`` is the encoder with the head's first layer, from which
-    the paper fine-tunes (section 3, figure 5). The released code has BatchNorm after the head's last linear layer
-    too, which the paper doesn't mention; so has this one. With ``queue_size`` above 0 queries are compared with the
-    momentum encoder's keys of the batch and of the queue, as the paper's memory (section 2, "inspired by MoCo").
+    the paper fine-tunes (section 3, figure 5). The released code has BatchNorm without a shift after the head's last
+    linear layer too, which the paper doesn't mention; here it has a shift. With ``queue_size`` above 0 queries are
+    compared with the momentum encoder's keys of the batch and of the queue, as in the paper's memory, which is MoCo's
+    (section 2); the released code has none.
     """
 
     config_class = SimCLRV2Config

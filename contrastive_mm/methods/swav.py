@@ -58,7 +58,7 @@ class SwAVConfig(BankOptions):
 
 
 class SwAV(Method):
-    """SwAV (Caron et al. 2020, arXiv 2006.09882): swapped prediction (equations 2 to 5) with multi-crop.
+    """SwAV (Caron et al. 2020, arXiv 2006.09882): swapped prediction (equations 1 to 5) with multi-crop (equation 6).
 
     Every view after the first ``Views.num_global`` is a small crop: it predicts the assignments of the full views and
     gives none itself. Views of one size share a forward pass.

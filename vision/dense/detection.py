@@ -53,8 +53,9 @@ def build_detector(
 ) -> FasterRCNN:
     """Faster R-CNN of torchvision (Ren et al. 2015), or Mask R-CNN (He et al. 2017), on an encoder.
 
-    Anchors and levels are the backbone's; all else is torchvision's, with layers of ``width`` instead of 256 channels
-    and 4 times as many in the box head. Its images are squares with values in 0..1.
+    Anchors and levels are the backbone's, the numbers of proposals and regions the options'; all else is
+    torchvision's, with layers of ``width`` instead of 256 channels and 4 times as many in the box head. Its images are
+    squares with values in 0..1.
 
     Args:
         backbone: the encoder under its pyramid.

@@ -28,7 +28,7 @@ from contrastive_mm.vision.few_labels.fine_tuning import single_view
 from contrastive_mm.vision.views.presets import NORMALISATIONS, Normalisation
 
 HEAD_STRIDE = {"fcn": 4, "deeplab": 8}
-"""Stride that each head works at: the pyramid's finest in FPN's own segmentation, and DeepLab's output stride."""
+"""Stride that each head works at: the finest of a ResNet's pyramid, and that of torchvision's DeepLab."""
 LARGEST_RATES = (12, 24, 36)
 RATE_PLACES = 65
 """Places a side of the maps that DeepLab's rates were made for (513 pixels at stride 8)."""

@@ -23,7 +23,8 @@ from contrastive_mm.vision.encoders.resnets import SIMCLR_RESNETS, simclr_resnet
 from contrastive_mm.vision.encoders.transformers import MOCO_V3, freeze_patch_projection, moco_v3_transformer
 
 SMALL_IMAGE = 64
-"""Up to this side, ResNets get the small stem: a 3x3 convolution and no pooling (SimCLR, appendix B.9)."""
+"""Up to this side, ResNets get the small stem: a 3x3 convolution and no pooling (SimCLR, appendix B.9, for CIFAR-10;
+its released code does so up to 32)."""
 
 OWN_ENCODERS = ["small-conv", *SIMCLR_RESNETS, *MOCO_V3]
 """Encoders of this package, always with random weights."""

@@ -34,7 +34,7 @@ class SimCLRResNet(ImageEncoder):
     The width multiplies the channels of every layer, stem and output included; torchvision's ``wide_resnet`` and
     ``width_per_group`` widen the inside of bottlenecks only. With selective kernels the 3x3 convolution of each
     bottleneck becomes ``SelectiveKernel``, and stem and shortcuts are those of ResNet-D. The depths 18 and 34 have no
-    bottlenecks: the released code leaves their blocks as they are; here their first convolution becomes selective.
+    bottlenecks: the released code leaves their convolutions as they are; here the first of a block becomes selective.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
@@ -191,7 +191,7 @@ def _stem(channels: int, resnet_d: bool, small: bool) -> nn.Sequential:
 
 
 def _initialise(network: nn.Module) -> None:
-    """Keras' default for the released code's layers; the last BatchNorm of each block begins at 0."""
+    """As the released code: TensorFlow's variance scaling by default; the last BatchNorm of a block begins at 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             # Cut at two standard deviations and scaled so that what is left has the variance 1 / fan-in.

@@ -102,7 +102,7 @@ def sine_cosine_positions(side: int, dim: int) -> Float[Tensor, "1 tokens dim"]:
     """Fixed position embeddings in two dimensions, with zeros for a class token before them.
 
     Vaswani et al. 2017, section 3.5, for rows in one half of the dimensions and for columns in the other (MoCo v3,
-    section 4 and released code): sines, then cosines, of position / 10000^(4 i / dim).
+    section 5 and released code): sines, then cosines, of position / 10000^(4 i / dim).
 
     Args:
         side: of the square grid.
@@ -120,7 +120,8 @@ def moco_v3_transformer(name: str, image_size: int) -> VisionTransformerEncoder:
 
     The patch projection keeps its random initial weights: trained, its gradient spikes first and makes the training
     unstable (section 4.2, figures 4 and 5). Position embeddings are fixed sines and cosines in two dimensions.
-    Neither has a gradient, so no optimizer, weight decay or momentum ever moves it.
+    Neither has a gradient, so no optimizer, weight decay or momentum ever moves it. As in section 5, the class token
+    behind the last LayerNorm is the feature.
 
     Args:
         name: one of ``MOCO_V3``.

@@ -2,7 +2,8 @@
 
 Six kinds of Hendrycks and Dietterich (2019), "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations", arXiv 1903.12261, with the constants of their scripts: those of CIFAR-10-C for images of a side of at
-most 96 pixels, those of ImageNet-C for larger ones.
+most 96 pixels, those of ImageNet-C for larger ones. (Tiny ImageNet-C, of 64 pixels, has constants of its own, mostly
+between the two, which are not used.)
 
 | kind | constant | small images, severity 1 to 5 | large images, severity 1 to 5 |
 | --- | --- | --- | --- |

@@ -62,7 +62,8 @@ def distillation_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the student's predictions with the teacher's (arXiv 2006.10029, equation 2), mean over rows.
 
-    Both are softened by the temperature. No gradient goes to the teacher.
+    Both are softened by the temperature. No gradient goes to the teacher. The authors' notebook multiplies this by the
+    squared temperature; the equation doesn't, and nor does this.
 
     Args:
         student: scores of the student.

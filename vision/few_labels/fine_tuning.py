@@ -100,7 +100,7 @@ def single_view(views: Views, method: str) -> Any:
 
 
 class LightViews:
-    """One view of each image: random resized crop and flip (arXiv 2006.10029, appendix B).
+    """One view of each image: random resized crop and flip (arXiv 2006.10029, section 3.1).
 
     Args:
         size: side of the square views, in pixels.

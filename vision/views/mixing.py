@@ -1,4 +1,8 @@
-"""Mixup and CutMix of a batch with itself, as views whose positives are soft (i-Mix, Lee et al. 2021)."""
+"""Mixup and CutMix of a batch with itself, as views whose positives are soft (i-Mix, Lee et al., arXiv 2010.08887).
+
+i-Mix's released code leaves the larger part to the image itself: it takes the larger of the share that is drawn and of
+the rest. Here the share is taken as it is drawn, as Mixup and CutMix take it.
+"""
 
 from __future__ import annotations
 

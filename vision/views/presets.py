@@ -1,4 +1,11 @@
-"""Published augmentations by name, each from its paper's appendix or released code."""
+"""Published augmentations by name, each from its paper's appendix or released code.
+
+Probabilities, strengths, shares and order are the publications'; the operations themselves are torchvision's in all of
+them. BYOL's released code and the first one of SimCLR add to the brightness where torchvision scales it; these two and
+SimCLR v2's draw contrast towards each channel's own mean, not the mean luminance, and resize crops bicubically, not
+bilinearly. The blur's kernel is a tenth of the view, as in SimCLR and BYOL; MoCo's and SwAV's code blurs by Pillow,
+which doesn't cut it there.
+"""
 
 from __future__ import annotations
 
@@ -88,33 +95,36 @@ _BYOL = Recipe(jitter_strengths=(0.4, 0.4, 0.2, 0.1), blur=1.0)
 _SWAV = Recipe(crop_scale=(0.14, 1.0))
 
 PRESETS: dict[str, Preset] = {
-    # Chen et al. 2020, appendix A; the released code brings values to 0..1 and leaves the rest to BatchNorm.
+    # Chen et al. 2020, arXiv 2002.05709, appendix A; the released code leaves values in 0..1, here they are -1..1.
     "simclr": Preset(),
-    # Chen et al. 2020b, section 2.1: "the same"; strength 1 and blur in the released code.
+    # Chen et al. 2020, arXiv 2006.10029, section 3.1: SimCLR's; strength 1 and blur are the released code's defaults.
     "simclr-v2": Preset(),
-    # Chen et al. 2020, appendix B.9: strength 0.5, no blur.
+    # Chen et al. 2020, arXiv 2002.05709, appendix B.9: strength 0.5, no blur.
     "simclr-cifar": Preset(_CIFAR),
-    # He et al. 2020, section 3.3 and the released code (main_moco.py without --aug-plus), which are NPID's.
+    # He et al. 2020, arXiv 1911.05722, section 3.3, and the released code (main_moco.py without --aug-plus): NPID's.
     "moco-v1": Preset(
         Recipe((0.2, 1.0), jitter=1.0, jitter_strengths=(0.4, 0.4, 0.4, 0.4), greyscale_first=True, blur=0.0),
         normalisation="imagenet",
     ),
-    # Chen et al. 2020c, and the released code (main_moco.py --aug-plus).
+    # Chen et al. 2020, arXiv 2003.04297, and the released code (main_moco.py --aug-plus).
     "moco-v2": Preset(_MOCO_V2, normalisation="imagenet"),
-    # Chen et al. 2021, the released code (main_moco.py): BYOL's two recipes.
+    # Chen et al. 2021, arXiv 2104.02057, the released code (main_moco.py): BYOL's two recipes. Its commands for ViTs
+    # take crops from 0.08 on, as here; those for ResNet-50 from 0.2 on (--crop-min).
     "moco-v3": Preset(_BYOL, dataclasses.replace(_BYOL, blur=0.1, solarise=0.2), normalisation="imagenet"),
-    # The authors' CIFAR-10 notebook (moco_cifar10_demo).
+    # The authors' CIFAR-10 notebook (moco_cifar10_demo), but for the deviations, by which values are divided: there
+    # 0.2023, 0.1994 and 0.2010, here those of CIFAR-10's pixels.
     "moco-cifar": Preset(_CIFAR, normalisation="cifar10"),
-    # Grill et al. 2020, appendix B, table 6.
+    # Grill et al. 2020, arXiv 2006.07733, appendix B, table 6.
     "byol": Preset(_BYOL, dataclasses.replace(_BYOL, blur=0.1, solarise=0.2), normalisation="imagenet"),
-    # Caron et al. 2020, appendix A and the released code: 2 x 224 and 6 x 96.
+    # Caron et al. 2020, arXiv 2006.09882, appendix A.2 and the released code: 2 x 224 and 6 x 96. The code divides red
+    # by 0.228, not 0.229.
     "swav": Preset(
         _SWAV,
         small=dataclasses.replace(_SWAV, crop_scale=(0.05, 0.14)),
         small_crops=6,
         normalisation="imagenet",
     ),
-    # SimCLR's for small images, with SwAV's shares of small crops; no publication gives one.
+    # SimCLR's for small images, with SwAV's shares; not from a publication.
     "swav-cifar": Preset(
         dataclasses.replace(_CIFAR, crop_scale=(0.14, 1.0)),
         small=dataclasses.replace(_CIFAR, crop_scale=(0.05, 0.14)),

@@ -25,7 +25,7 @@ from contrastive_mm.vision.views.colour import (
 from contrastive_mm.vision.views.draws import Images, change_some_
 
 LARGEST_MAGNITUDE = 30
-"""Strengths have 31 steps, as in torchvision; the paper has 30."""
+"""Magnitudes are 0 to 30, as in torchvision; the paper's scale is 0 to 10."""
 
 Signed = Float[Tensor, " batch"]
 """Strengths in -1..1: a share of an operation's largest, with a sign where it has two directions."""
@@ -115,6 +115,8 @@ def rand_augment_(
     images: Images, operations: Int[Tensor, "batch turns"], signs: Float[Tensor, "batch turns"], magnitude: int
 ) -> None:
     """RandAugment (Cubuk et al. 2020, arXiv 1909.13719) in place: some operations in turn, all of one strength.
+
+    The 14 operations and their ranges are torchvision's.
 
     Args:
         images: (B, 3, H, W) in 0..1.
