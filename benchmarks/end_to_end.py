@@ -6,14 +6,15 @@
 Both train SmallConvNet with SimCLR's two-layer head, NT-Xent (T = 0.1) and AdamW on 32 x 32 images with SimCLR's
 augmentation for CIFAR, on two threads: contrastive_mm by its Trainer, with log and checkpoint as users have them;
 lightly as its documentation shows it, with its own transform and loss and a DataLoader of two workers. Each round runs
-both, in turn and each in a process of its own; the first steps, in which workers start, are not counted. The result
-goes to ``benchmarks/results/end_to_end.json``.
+both, in turn and each in a process of its own; the first steps, in which workers start, are not counted. It is
+done in float32 and in bf16 (autocast, in both). The result goes to ``benchmarks/results/end_to_end.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import statistics
 import subprocess
@@ -33,19 +34,23 @@ from torch import nn
 from contrastive_mm import ShuffledBatches, Trainer, TrainerConfig
 from contrastive_mm.methods import SimCLR, SimCLRConfig
 from contrastive_mm.metrics import read_metrics
+from contrastive_mm.training.config import Precision
 from contrastive_mm.vision import ImageViewConfig, ImageViews, SmallConvNet
 
 BATCH, UNCOUNTED, RATE = 256, 10, 1e-3
 WIDTHS = {"small-conv": 32, "small-conv-16": 16}
+PRECISIONS: dict[str, Precision] = {"float32": "no", "bf16": "bf16"}
 HEAD = {"hidden_dim": 512, "projection_dim": 128}
 
 
-def ours(images: torch.Tensor, width: int, steps: int) -> float:
+def ours(images: torch.Tensor, width: int, precision: str, steps: int) -> float:
     """Images a second of contrastive_mm, from the seconds that its log tells."""
     torch.manual_seed(0)
     method = SimCLR(SmallConvNet(width), SimCLRConfig(temperature=0.1, **HEAD))
     batches = ShuffledBatches(len(images), BATCH, lambda rows: {"image": images[rows]}, prefetch=2)
-    config = TrainerConfig(steps=steps, learning_rate=RATE, optimizer="adamw", log_every=UNCOUNTED)
+    config = TrainerConfig(
+        steps=steps, learning_rate=RATE, optimizer="adamw", log_every=UNCOUNTED, precision=PRECISIONS[precision]
+    )
     with tempfile.TemporaryDirectory() as folder:
         Trainer(method, ImageViews(32, ImageViewConfig("simclr-cifar")), batches, config, folder).train()
         lines = {line["step"]: line["seconds"] for line in read_metrics(Path(folder) / "metrics.jsonl")}
@@ -66,7 +71,7 @@ class Pictures(torch.utils.data.Dataset[Any]):
         return self.transform(self.images[row])
 
 
-def lightlys(images: torch.Tensor, width: int, steps: int) -> float:
+def lightlys(images: torch.Tensor, width: int, precision: str, steps: int) -> float:
     """Images a second of lightly."""
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
@@ -84,7 +89,9 @@ def lightlys(images: torch.Tensor, width: int, steps: int) -> float:
     done, began = 0, 0.0
     while done < steps:
         for first, second in loader:
-            loss = criterion(model(first), model(second))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                projections = model(first), model(second)
+            loss = criterion(*(each.float() for each in projections))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -99,7 +106,7 @@ def lightlys(images: torch.Tensor, width: int, steps: int) -> float:
 LIBRARIES = {"contrastive_mm": ours, "lightly": lightlys}
 
 
-def in_a_process(library: str, width: int, steps: int, threads: int) -> float:
+def in_a_process(library: str, width: int, precision: str, steps: int, threads: int) -> float:
     """Images a second of one run."""
     command = [
         sys.executable,
@@ -107,6 +114,7 @@ def in_a_process(library: str, width: int, steps: int, threads: int) -> float:
         "--run",
         library,
         str(width),
+        precision,
         "--steps",
         str(steps),
         "--threads",
@@ -121,30 +129,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--run", nargs=2, metavar=("LIBRARY", "WIDTH"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=3, metavar=("LIBRARY", "WIDTH", "PRECISION"), help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "end_to_end.json")
     options = parser.parse_args()
     if options.run:
         torch.set_num_threads(options.threads)
-        print(LIBRARIES[options.run[0]](pictures(4096, 32), int(options.run[1]), options.steps))
+        library, width, precision = options.run
+        print(LIBRARIES[library](pictures(4096, 32), int(width), precision, options.steps))
         return
     result: dict[str, Any] = {
         "command": f"python benchmarks/end_to_end.py --rounds {options.rounds} --steps {options.steps}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": {"processor": processor(), "threads": options.threads},
         "versions": {"torch": torch.__version__, "lightly": importlib.metadata.version("lightly")},
-        "setting": {"batch": BATCH, "precision": "float32", "image": 32},
-        "encoders": {},
+        "setting": {"batch": BATCH, "image": 32},
+        "cells": {},
     }
-    for encoder, width in WIDTHS.items():
+    for (encoder, width), precision in itertools.product(WIDTHS.items(), PRECISIONS):
         rates: dict[str, list[float]] = {name: [] for name in LIBRARIES}
         for _ in range(options.rounds):
             for name, found in rates.items():
-                found.append(in_a_process(name, width, options.steps, options.threads))
+                found.append(in_a_process(name, width, precision, options.steps, options.threads))
         median = {name: statistics.median(found) for name, found in rates.items()}
         ratio = median["contrastive_mm"] / median["lightly"]
-        result["encoders"][encoder] = {"images_per_second": rates, "median": median, "ratio": ratio}
-        print(encoder, {name: round(rate) for name, rate in median.items()}, f"ratio {ratio:.2f}", flush=True)
+        cell = f"{encoder}, {precision}"
+        result["cells"][cell] = {"images_per_second": rates, "median": median, "ratio": ratio}
+        print(cell, {name: round(rate) for name, rate in median.items()}, f"ratio {ratio:.2f}", flush=True)
     options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
