@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, LinearEncoder
-from test_methods import SMALL as SMALL_OPTIONS
+from small_problem import SMALL as SMALL_OPTIONS
 
 from contrastive_mm.batches import ShuffledBatches
 from contrastive_mm.diagnosis import Doctor, feature_statistics

@@ -160,7 +160,7 @@ NO_EFFECT_IN_TRAINING = {
     ("simclr-v2", "kept_layers"): "it decides what `fine_tuning_encoder` keeps; test_methods.py checks that"
 }
 OTHER_VALUES = {("dcl", "weight_concentration"): 0.5, ("simclr-v2", "projection_layers"): 2}
-# Where a bank lies changes no figure; test_methods.py checks that it lies there.
+# Where a bank lies changes no figure; test_banked_methods.py checks that it lies there.
 NO_EFFECT_IN_TRAINING |= {(name, "bank_device"): "" for name in METHODS}
 OPTIONS = [
     (name, field.name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_methods import Encoder, build, neighbour_accuracy, samples, view
+from small_problem import Encoder, build, neighbour_accuracy, samples, view
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.losses import supcon
