@@ -40,12 +40,16 @@ def stage_rows(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
     shares = _shares(results)
     counts = [results[0]["labels"][share]["labelled_images"] for share in shares]
     headers = ["classifier", "parameters"]
-    headers += [f"{float(share):.3g} of labels ({count:,})" for share, count in zip(shares, counts, strict=True)]
+    headers += [f"{_percent(share)} of labels ({count:,})" for share, count in zip(shares, counts, strict=True)]
     rows = [
         [stage, f"{parameters:,}", *(_spread(accuracies(results, share, stage)) for share in shares)]
         for stage, parameters in _stages(results).items()
     ]
     return headers, rows
+
+
+def _percent(share: str) -> str:
+    return f"{100 * float(share):.3g}%"
 
 
 def _spread(values: list[float]) -> str:
@@ -77,7 +81,7 @@ def stage_plot(results: Sequence[dict[str, Any]]) -> bytes:
         means = [statistics.mean(each) for each in values]
         axes.bar(places, means, width, yerr=deviations, capsize=3, color=COLOURS[stage], label=stage)
     axes.set(ylabel="held-back accuracy", ylim=(0.0, 1.0))
-    axes.set_xticks(range(len(shares)), [f"{float(share):.3g} of the labels" for share in shares])
+    axes.set_xticks(range(len(shares)), [f"{_percent(share)} of the labels" for share in shares])
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     buffer = io.BytesIO()
