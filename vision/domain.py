@@ -38,6 +38,7 @@ EVALUATION_BATCH = 256
 PROBE_ROWS = 10_000
 FEW_LABELS = (1, 5, 10)
 RAW_SIDE = 32
+SMALLEST_VIEW = 4
 LARGEST_NATIVE = 96
 MEMORY_LIMIT = 4 << 30
 """Bytes up to which `--storage auto` keeps images decoded."""
@@ -80,8 +81,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
             raise UserError(f"--validation-share = {self.validation_share}; it must lie in [0, 1).")
-        if self.image_size is not None and self.image_size < 4:
-            raise UserError(f"--image-size = {self.image_size}; it must be at least 4.")
+        if self.image_size is not None and self.image_size < SMALLEST_VIEW:
+            raise UserError(f"--image-size = {self.image_size}; it must be at least {SMALLEST_VIEW}.")
         if not 0 <= self.max_broken <= 1:
             raise UserError(f"--max-broken = {self.max_broken}; a share lies between 0 and 1.")
         if self.workers is not None and self.workers < 1:
@@ -271,12 +272,26 @@ def memory_limit(storage: str, image_size: int) -> int:
 
 
 def native_size(source: ImageSource) -> int:
-    """Side of the views for a data set: the first readable image's shorter side, or 224 where it is over 96."""
+    """Side of the views for a data set: the first readable image's shorter side, or 224 where it is over 96.
+
+    Images of less than 4 pixels a side are passed over: a single one, first by chance, is no measure of the rest.
+
+    Raises:
+        UserError: no image can be opened, or all are smaller.
+    """
+    tiny = 0
     for number in range(len(source)):
         try:
             with source.open_image(number) as image:
                 side = min(image.size)
         except Exception:  # broken; the image set names it
             continue
-        return side if side <= LARGEST_NATIVE else 224
+        if side >= SMALLEST_VIEW:
+            return side if side <= LARGEST_NATIVE else 224
+        tiny += 1
+    if tiny:
+        raise UserError(
+            f"Not one of the {len(source)} images has {SMALLEST_VIEW} pixels a side, {source.ids[0]} the first of "
+            "them: say with --image-size what they are to be enlarged to."
+        )
     raise UserError(f"Not one of the {len(source)} images could be opened, {source.ids[0]} the first of them.")
