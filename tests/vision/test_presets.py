@@ -160,6 +160,20 @@ def test_an_augmentation_of_ones_own_goes_by_name_and_as_a_value(monkeypatch):
             ImageViews(8, ImageViewConfig(name))
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda images, generator: images[..., 2:, 2:], r"\(8, 3, 14, 14\), torch.float32, cpu"),
+        (lambda images, generator: (images * 255).byte(), r"\(8, 3, 16, 16\), torch.uint8, cpu"),
+        (lambda images, generator: images.double(), "torch.float64"),
+        (lambda images, generator: None, "NoneType"),
+    ],
+)
+def test_an_augmentation_of_ones_own_that_gives_other_images_is_refused(change, found):
+    with pytest.raises(UserError, match=rf"own change <lambda> gave .*{found}.* for \(8, 3, 16, 16\)"):
+        ImageViews(16, Recipe(own=change))({"image": pictures(8)})
+
+
 def test_the_recipe_of_the_documentation_trains_from_the_command_line(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
     code = re.search(r"`microscope.py` holds\n\n```python\n(.*?)```", page, re.DOTALL).group(1)

@@ -21,7 +21,15 @@ from contrastive_mm.vision.views.colour import jitter_, solarise, to_grey
 from contrastive_mm.vision.views.crops import crop_and_resize
 from contrastive_mm.vision.views.draws import Images, Plan, Squares, change_some_, draw_plan
 from contrastive_mm.vision.views.mixing import MIXINGS
-from contrastive_mm.vision.views.presets import NORMALISATIONS, PRESETS, Normalisation, Preset, Recipe, simclr_jitter
+from contrastive_mm.vision.views.presets import (
+    NORMALISATIONS,
+    PRESETS,
+    Normalisation,
+    Preset,
+    Recipe,
+    own_change,
+    simclr_jitter,
+)
 from contrastive_mm.vision.views.randaugment import LARGEST_MAGNITUDE, OPERATIONS, rand_augment_
 
 CACHED = 1 << 19
@@ -235,7 +243,7 @@ class ImageViews:
             rows = slice(start, start + part)
             views = make_view(images[rows], recipe, plan.part(rows), size)
             if recipe.own is not None:
-                views = recipe.own(views, self.stream.on(images.device))
+                views = own_change(recipe.own, views, self.stream.on(images.device))
             if made is None:
                 made = views.new_empty(count, channels, size, size)
             normalise(views, self.preset.normalisation, out=made[rows])
