@@ -266,6 +266,9 @@ def test_mixed_views_tell_their_positives(kind):
         ({"small_crops": 2, "small_size": 32}, "--small-size = 32, but full views have a side of 32"),
         ({"mix_alpha": 0.0}, "--mix-alpha = 0.0; it must be above 0"),
         ({"mix_both": True}, "--mix-both has nothing to mix by"),
+        ({"mix_alpha": 0.5}, "--mix-alpha has nothing to mix by"),
+        ({"rand_augment_magnitude": 5}, "--rand-augment-magnitude has no operations: add --rand-augment"),
+        ({"small_size": 8}, "--small-size has no small crops: add --small-crops"),
         ({"jitter_strength": 2.0}, "--jitter-strength = 2.0"),
     ],
 )

@@ -10,6 +10,7 @@ which doesn't cut it there.
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -17,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from contrastive_mm.errors import UserError
+from contrastive_mm.errors import UserError, unknown_name
 
 Jitter: TypeAlias = tuple[float, float, float, float]
 """Strengths of brightness, contrast, saturation and hue."""
@@ -156,3 +157,24 @@ PRESETS: dict[str, Preset] = {
         small_share=0.5,
     ),
 }
+
+
+def find_preset(name: str) -> Preset:
+    """A published augmentation by name, or one of the user's own by ``package.module:name``.
+
+    Raises:
+        UserError: there is none, or it is neither a ``Preset`` nor a ``Recipe``.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if ":" not in name:
+        raise unknown_name("augmentation", name, PRESETS, "--augmentation")
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--augmentation {name} can't be found: {error}. Write package.module:name.") from error
+    if isinstance(found, Recipe):
+        return Preset(found)
+    if not isinstance(found, Preset):
+        raise UserError(f"--augmentation {name} is a {type(found).__name__}; it must be a Preset or a Recipe.")
+    return found
