@@ -31,7 +31,9 @@ from contrastive_mm.vision.data.loader import CropBatches, CropWorkers
 from contrastive_mm.vision.data.sources import find_images
 from contrastive_mm.vision.data.stream_batches import StreamBatches
 from contrastive_mm.vision.data.streaming import STREAM, open_stream
+from contrastive_mm.vision.encoders.backbones import run_on_meta
 from contrastive_mm.vision.encoders.build import build_image_encoder
+from contrastive_mm.vision.encoders.libraries import refuse_size
 from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews, plain_view
 
 EVALUATION_BATCH = 256
@@ -144,9 +146,19 @@ class ImageDomain:
         self._resident: Tensor | None = None
 
     def build_encoder(self) -> nn.Module:
-        """The encoder named in the options, with random or the library's pretrained weights."""
-        config = self.config
-        return build_image_encoder(config.encoder, self.image_size, config.pretrained, config.freeze_patch_projection)
+        """The encoder named in the options, with random or the library's pretrained weights.
+
+        Raises:
+            UserError: as ``build_image_encoder``, or it can't take small crops of their size.
+        """
+        config, views = self.config, self.make_views
+        encoder = build_image_encoder(
+            config.encoder, self.image_size, config.pretrained, config.freeze_patch_projection
+        )
+        if views.preset.small_crops:
+            with refuse_size(config.encoder, views.small_size, "--small-size"):
+                run_on_meta(encoder, views.small_size)
+        return encoder
 
     def train_batches(self) -> Batches:
         """Batches of ``image`` (B, 3, S, S) uint8, ``index`` (B,) and, where all have a label, ``label`` (B,).
