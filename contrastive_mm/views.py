@@ -83,7 +83,10 @@ class Views:
             UserError: there are not exactly two views.
         """
         if len(self.inputs) != 2:
-            raise UserError(f"{method} compares exactly 2 views, but the view maker gave {len(self.inputs)}.")
+            raise UserError(
+                f"{method} compares exactly 2 views, but the view maker gave {len(self.inputs)}: have it make 2 (of "
+                "images: --small-crops 0), or choose a method that takes more, such as swav."
+            )
         return self.inputs[0], self.inputs[1]
 
     def directions(self) -> tuple[Positives | None, Positives | None]:
@@ -99,7 +102,8 @@ class Views:
         if self.positives is not None:
             raise UserError(
                 f"{method} holds each row against its own sample only, and takes no Views.positives (mixed views, "
-                "groups, ...): leave them out, or choose a method that compares a batch's samples, such as simclr."
+                "groups, ...): leave them out (of images: --mix none), or choose a method that compares a batch's "
+                "samples, such as simclr."
             )
 
 

@@ -31,13 +31,16 @@ from contrastive_mm.vision.data.loader import CropBatches, CropWorkers
 from contrastive_mm.vision.data.sources import find_images
 from contrastive_mm.vision.data.stream_batches import StreamBatches
 from contrastive_mm.vision.data.streaming import STREAM, open_stream
+from contrastive_mm.vision.encoders.backbones import run_on_meta
 from contrastive_mm.vision.encoders.build import build_image_encoder
+from contrastive_mm.vision.encoders.libraries import refuse_size
 from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews, plain_view
 
 EVALUATION_BATCH = 256
 PROBE_ROWS = 10_000
 FEW_LABELS = (1, 5, 10)
 RAW_SIDE = 32
+SMALLEST_VIEW = 4
 LARGEST_NATIVE = 96
 MEMORY_LIMIT = 4 << 30
 """Bytes up to which `--storage auto` keeps images decoded."""
@@ -80,8 +83,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.validation_share < 1:
             raise UserError(f"--validation-share = {self.validation_share}; it must lie in [0, 1).")
-        if self.image_size is not None and self.image_size < 4:
-            raise UserError(f"--image-size = {self.image_size}; it must be at least 4.")
+        if self.image_size is not None and self.image_size < SMALLEST_VIEW:
+            raise UserError(f"--image-size = {self.image_size}; it must be at least {SMALLEST_VIEW}.")
         if not 0 <= self.max_broken <= 1:
             raise UserError(f"--max-broken = {self.max_broken}; a share lies between 0 and 1.")
         if self.workers is not None and self.workers < 1:
@@ -143,9 +146,19 @@ class ImageDomain:
         self._resident: Tensor | None = None
 
     def build_encoder(self) -> nn.Module:
-        """The encoder named in the options, with random or the library's pretrained weights."""
-        config = self.config
-        return build_image_encoder(config.encoder, self.image_size, config.pretrained, config.freeze_patch_projection)
+        """The encoder named in the options, with random or the library's pretrained weights.
+
+        Raises:
+            UserError: as ``build_image_encoder``, or it can't take small crops of their size.
+        """
+        config, views = self.config, self.make_views
+        encoder = build_image_encoder(
+            config.encoder, self.image_size, config.pretrained, config.freeze_patch_projection
+        )
+        if views.preset.small_crops:
+            with refuse_size(config.encoder, views.small_size, "--small-size"):
+                run_on_meta(encoder, views.small_size)
+        return encoder
 
     def train_batches(self) -> Batches:
         """Batches of ``image`` (B, 3, S, S) uint8, ``index`` (B,) and, where all have a label, ``label`` (B,).
@@ -271,12 +284,26 @@ def memory_limit(storage: str, image_size: int) -> int:
 
 
 def native_size(source: ImageSource) -> int:
-    """Side of the views for a data set: the first readable image's shorter side, or 224 where it is over 96."""
+    """Side of the views for a data set: the first readable image's shorter side, or 224 where it is over 96.
+
+    Images of less than 4 pixels a side are passed over: a single one, first by chance, is no measure of the rest.
+
+    Raises:
+        UserError: no image can be opened, or all are smaller.
+    """
+    tiny = 0
     for number in range(len(source)):
         try:
             with source.open_image(number) as image:
                 side = min(image.size)
         except Exception:  # broken; the image set names it
             continue
-        return side if side <= LARGEST_NATIVE else 224
+        if side >= SMALLEST_VIEW:
+            return side if side <= LARGEST_NATIVE else 224
+        tiny += 1
+    if tiny:
+        raise UserError(
+            f"Not one of the {len(source)} images has {SMALLEST_VIEW} pixels a side, {source.ids[0]} the first of "
+            "them: say with --image-size what they are to be enlarged to."
+        )
     raise UserError(f"Not one of the {len(source)} images could be opened, {source.ids[0]} the first of them.")

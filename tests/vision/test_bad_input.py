@@ -43,6 +43,8 @@ WHOLE = {
         path.write_bytes(path.read_bytes() + b"\0" * 50),
     ),
     "no image name.PNG": lambda path: picture(LEVEL).save(path, "png"),
+    "from a browser.jfif": lambda path: picture(LEVEL).save(path, "jpeg"),
+    "grey.pgm": lambda path: picture(LEVEL).convert("L").save(path),
     "jpeg.png": lambda path: picture(LEVEL).save(path, "jpeg"),
 }
 

@@ -194,6 +194,16 @@ def test_a_card_without_scores_says_so_and_supcon_names_its_labels(tmp_path):
     assert "An image encoder trained with labels" in card
 
 
+def test_an_interrupted_evaluation_has_no_scores_for_the_card_and_a_broken_one_is_named(tmp_path):
+    make_run(tmp_path / "run", "small-conv", 8)
+    (tmp_path / "run" / "evaluation.json").write_text('{"subject": {}, "protocols": {"knn": {}}}')
+    export_encoder(tmp_path / "run", tmp_path / "hub", "hub")
+    assert "Not evaluated" in (tmp_path / "hub" / "README.md").read_text()
+    (tmp_path / "run" / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation\.json can't be read .* evaluate the run again"):
+        export_encoder(tmp_path / "run", tmp_path / "other", "hub")
+
+
 def test_a_pretrained_run_is_read_without_a_download_and_with_its_stem(tmp_path):
     encoder = make_run(tmp_path / "run", "resnet18", 32, small_stem=False, pretrained=True)
     assert_same_features(read_run(tmp_path / "run").encoder, encoder, 32)

@@ -242,6 +242,18 @@ def test_the_side_is_that_of_the_images_or_224(tmp_path):
     assert ImageDomain(VisionConfig(data=str(tmp_path)), 0).config.image_size == 224
 
 
+def test_a_tiny_image_that_comes_first_is_no_measure_of_the_rest(tmp_path):
+    picture(1, (1, 1)).save(tmp_path / "a.png")
+    picture(2, (9, 3)).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match=r"Not one of the 2 images has 4 pixels a side, a\.png .* --image-size"):
+        ImageDomain(VisionConfig(data=str(tmp_path)), 0)
+    picture(3, (30, 20)).save(tmp_path / "c.png")
+    domain = ImageDomain(VisionConfig(data=str(tmp_path)), 0)
+    assert domain.config.image_size == 20
+    assert len(domain.images) == 3
+    assert ImageDomain(VisionConfig(data=str(tmp_path), image_size=8), 0).config.image_size == 8
+
+
 def test_a_folder_of_nothing_readable_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(UserError, match=r"Not one of the 1 images could be opened, a\.png"):

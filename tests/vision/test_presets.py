@@ -86,7 +86,7 @@ def test_swav_trains_on_small_crops_and_methods_of_two_views_name_them():
     views = ImageViews(16, ImageViewConfig("swav-cifar", small_crops=2, small_size=8))({"image": pictures(8)})
     config = SwAVConfig(num_prototypes=4, hidden_dim=8, projection_dim=8)
     SwAV(SmallConvNet(4), config)(views).loss.backward()
-    with pytest.raises(UserError, match="SimCLR compares exactly 2 views, but the view maker gave 4"):
+    with pytest.raises(UserError, match=r"SimCLR compares exactly 2 views, .* gave 4: .*--small-crops 0.*swav"):
         SimCLR(SmallConvNet(4))(views)
 
 
@@ -158,6 +158,20 @@ def test_an_augmentation_of_ones_own_goes_by_name_and_as_a_value(monkeypatch):
     ]:
         with pytest.raises(UserError, match=problem):
             ImageViews(8, ImageViewConfig(name))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda images, generator: images[..., 2:, 2:], r"\(8, 3, 14, 14\), torch.float32, cpu"),
+        (lambda images, generator: (images * 255).byte(), r"\(8, 3, 16, 16\), torch.uint8, cpu"),
+        (lambda images, generator: images.double(), "torch.float64"),
+        (lambda images, generator: None, "NoneType"),
+    ],
+)
+def test_an_augmentation_of_ones_own_that_gives_other_images_is_refused(change, found):
+    with pytest.raises(UserError, match=rf"own change <lambda> gave .*{found}.* for \(8, 3, 16, 16\)"):
+        ImageViews(16, Recipe(own=change))({"image": pictures(8)})
 
 
 def test_the_recipe_of_the_documentation_trains_from_the_command_line(tmp_path, monkeypatch):
@@ -252,6 +266,9 @@ def test_mixed_views_tell_their_positives(kind):
         ({"small_crops": 2, "small_size": 32}, "--small-size = 32, but full views have a side of 32"),
         ({"mix_alpha": 0.0}, "--mix-alpha = 0.0; it must be above 0"),
         ({"mix_both": True}, "--mix-both has nothing to mix by"),
+        ({"mix_alpha": 0.5}, "--mix-alpha has nothing to mix by"),
+        ({"rand_augment_magnitude": 5}, "--rand-augment-magnitude has no operations: add --rand-augment"),
+        ({"small_size": 8}, "--small-size has no small crops: add --small-crops"),
         ({"jitter_strength": 2.0}, "--jitter-strength = 2.0"),
     ],
 )

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from torchvision.models import VisionTransformer
 from contrastive_mm.errors import UserError
 from contrastive_mm.methods import get_method
 from contrastive_mm.training import Trainer, TrainerConfig
+from contrastive_mm.vision.domain import ImageDomain, VisionConfig
 from contrastive_mm.vision.encoders.build import build_image_encoder
 from contrastive_mm.vision.encoders.transformers import (
     MOCO_V3,
@@ -14,7 +16,7 @@ from contrastive_mm.vision.encoders.transformers import (
     resized_positions,
     sine_cosine_positions,
 )
-from contrastive_mm.vision.views.augment import ImageViews
+from contrastive_mm.vision.views.augment import ImageViewConfig, ImageViews
 
 # Millions of weights: MoCo v3, table 2.
 PUBLISHED = {"vit-small-moco-v3": 22, "vit-base-moco-v3": 86, "vit-large-moco-v3": 304}
@@ -138,3 +140,16 @@ def test_the_patch_projection_of_any_vision_transformer_can_be_frozen(name):
 def test_freezing_needs_a_patch_projection():
     with pytest.raises(UserError, match=r"'resnet18' has no patch projection\. Leave the option out"):
         build_image_encoder("resnet18", 32, freeze_patches=True)
+
+
+@pytest.mark.parametrize("encoder", ["vit-tiny-moco-v3", "timm/vit_tiny_patch16_224"])
+def test_small_crops_that_leave_pixels_over_are_refused_before_training(encoder):
+    size, patch = (32, 4) if encoder == "vit-tiny-moco-v3" else (64, 16)
+    views = ImageViewConfig("swav-cifar", small_size=patch + 2)
+    domain = ImageDomain(VisionConfig("digits", encoder, image_size=size, views=views), 0)
+    with pytest.raises(UserError, match=f"can't take images of {patch + 2} px .* Give another --small-size"):
+        domain.build_encoder()
+    views = dataclasses.replace(views, small_size=2 * patch)
+    domain = ImageDomain(VisionConfig("digits", encoder, image_size=size, views=views), 0)
+    small = torch.zeros(1, 3, 2 * patch, 2 * patch)
+    assert domain.build_encoder().eval()(small).shape == (1, 192)

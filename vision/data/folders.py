@@ -15,7 +15,7 @@ from contrastive_mm.vision.data.integrity import ends_of_file
 from contrastive_mm.vision.data.packed import open_idx, open_parquet
 from contrastive_mm.vision.data.shards import open_tars
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 IDX_ENDINGS = ("-ubyte", "-ubyte.gz")
 TRAIN_FOLDERS = {"train", "training"}
 HELD_BACK_FOLDERS = {"val", "valid", "validation", "dev", "test", "testing"}

@@ -85,15 +85,16 @@ class SceneLoader:
         most = max(len(rows) for rows in kept)
         boxes = torch.zeros(len(scenes), most, 4)
         classes = torch.zeros(len(scenes), most, dtype=torch.int64)
-        masks = torch.zeros(len(scenes), most, self.size, self.size, dtype=torch.uint8)
         for number, (scene, rows) in enumerate(zip(scenes, kept, strict=True)):
             boxes[number, : len(rows)] = scene.boxes[rows] * box_scale(scene, self.size)
             classes[number, : len(rows)] = scene.classes[rows]
-            if self.task == "masks":
-                found = object_masks(scene)[rows.numpy()]
-                for place, mask in enumerate(found):
-                    masks[number, place] = fit_map(mask, self.size, 0)
-        return {"boxes": boxes, "classes": classes, **({"masks": masks} if self.task == "masks" else {})}
+        if self.task == "boxes":
+            return {"boxes": boxes, "classes": classes}
+        masks = torch.zeros(len(scenes), most, self.size, self.size, dtype=torch.uint8)
+        for number, (scene, rows) in enumerate(zip(scenes, kept, strict=True)):
+            for place, mask in enumerate(object_masks(scene)[rows.numpy()]):
+                masks[number, place] = fit_map(mask, self.size, 0)
+        return {"boxes": boxes, "classes": classes, "masks": masks}
 
 
 def scene_batches(loader: SceneLoader, batch_size: int, seed: int) -> ShuffledBatches:

@@ -152,7 +152,10 @@ def _small_conv(name: str) -> re.Match[str] | None:
 
 def _own_encoder(name: str, image_size: int, pretrained: bool, small_stem: bool) -> ImageEncoder:
     if pretrained:
-        raise UserError(f"There are no pretrained weights of {name!r}. Leave out --pretrained, or choose another.")
+        raise UserError(
+            f"There are no pretrained weights of {name!r}. Begin with random ones (no --pretrained; --initialise "
+            "without it), or choose another encoder."
+        )
     if small := _small_conv(name):
         return SmallConvNet(int(small[1] or 32))
     if name in MOCO_V3:

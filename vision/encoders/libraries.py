@@ -123,13 +123,19 @@ class TimmEncoder(ImageEncoder):
 
 
 @contextmanager
-def refuse_size(name: str, image_size: int) -> Iterator[None]:
-    """Say in one error what a library raises in many ways: an encoder can't take images of a size."""
+def refuse_size(name: str, image_size: int, option: str = "--image-size") -> Iterator[None]:
+    """Say in one error what a library raises in many ways: an encoder can't take images of a size.
+
+    Args:
+        name: of the encoder.
+        image_size: side of the images, in pixels.
+        option: which sets it.
+    """
     try:
         yield
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
-            f"Encoder {name!r} can't take images of {image_size} px ({_reason(error)}). Give another --image-size, or "
+            f"Encoder {name!r} can't take images of {image_size} px ({_reason(error)}). Give another {option}, or "
             "another --encoder."
         ) from error
 

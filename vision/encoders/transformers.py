@@ -38,6 +38,9 @@ class VisionTransformerEncoder(ImageEncoder):
 
     Shapes:
         (B, 3, H, W) -> (B, hidden_dim), H and W multiples of the patch's side.
+
+    Raises:
+        ValueError: images of other sides.
     """
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -63,6 +66,9 @@ class VisionTransformerEncoder(ImageEncoder):
         return [self.model.patch_size]
 
     def _tokens(self, images: Tensor) -> Tensor:
+        height, width, patch = images.shape[2], images.shape[3], self.model.patch_size
+        if height % patch or width % patch:  # the convolution would leave the rest out in silence
+            raise ValueError(f"{height} x {width} pixels don't divide into patches of {patch}")
         patches = self.model.conv_proj(images)
         positions = resized_positions(self.model.encoder.pos_embedding, patches.shape[2], patches.shape[3])
         # The shape, not len(): a traced graph must keep the batch's size open.

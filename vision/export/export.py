@@ -95,7 +95,7 @@ def read_run(run: Path) -> SavedEncoder:
     """The encoder that a vision run has saved; its data need not be there, and nothing is downloaded.
 
     Raises:
-        UserError: there is no vision run, or it has saved no encoder.
+        UserError: there is no vision run, it has saved no encoder, or its scores can't be read.
     """
     config = run / "config.yaml"
     if not config.is_file():
@@ -112,9 +112,20 @@ def read_run(run: Path) -> SavedEncoder:
     small_stem = image_size <= SMALL_IMAGE and not options.get("pretrained")
     encoder = build_image_encoder(name, image_size, small_stem=small_stem)
     load_encoder(encoder, run / "encoder.safetensors")
-    evaluation = run / "evaluation.json"
-    scores = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None
-    return SavedEncoder(encoder.eval(), name, image_size, small_stem, options, scores)
+    return SavedEncoder(encoder.eval(), name, image_size, small_stem, options, _read_scores(run / "evaluation.json"))
+
+
+def _read_scores(evaluation: Path) -> dict[str, Any] | None:
+    if not evaluation.is_file():
+        return None
+    try:
+        found = json.loads(evaluation.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{evaluation} can't be read ({error}): evaluate the run again, or delete the file."
+        ) from error
+    # A killed evaluation has results of some protocols, and no scores yet.
+    return found if isinstance(found, dict) and "scores" in found else None
 
 
 def plain_weights(encoder: ImageEncoder) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from contrastive_mm.errors import UserError, unknown_name
+from contrastive_mm.errors import UserError
 from contrastive_mm.positives import Positives
 from contrastive_mm.views import RandomStream, Views
 from contrastive_mm.vision.data.decoding import Crop, view_names
@@ -21,13 +20,24 @@ from contrastive_mm.vision.views.colour import jitter_, solarise, to_grey
 from contrastive_mm.vision.views.crops import crop_and_resize
 from contrastive_mm.vision.views.draws import Images, Plan, Squares, change_some_, draw_plan
 from contrastive_mm.vision.views.mixing import MIXINGS
-from contrastive_mm.vision.views.presets import NORMALISATIONS, PRESETS, Normalisation, Preset, Recipe, simclr_jitter
+from contrastive_mm.vision.views.presets import (
+    NORMALISATIONS,
+    Normalisation,
+    Preset,
+    Recipe,
+    find_preset,
+    own_change,
+    simclr_jitter,
+)
 from contrastive_mm.vision.views.randaugment import LARGEST_MAGNITUDE, OPERATIONS, rand_augment_
 
 CACHED = 1 << 19
 """Values of a part of a batch on a CPU: 2 MiB of floats."""
 
 Pixels = UInt8[Tensor, "batch channels height width"] | Images
+
+DEFAULT_MAGNITUDE = 9
+DEFAULT_ALPHA = 1.0
 
 PROBABILITIES = ("flip", "jitter", "greyscale", "blur", "solarise")
 
@@ -56,7 +66,7 @@ class ImageViewConfig:
     """Probability of inverting the brighter half of the grey levels."""
     rand_augment: int | None = None
     """Operations of RandAugment for each view, before the colours are changed."""
-    rand_augment_magnitude: int = 9
+    rand_augment_magnitude: int = DEFAULT_MAGNITUDE
     """How strong they are: 0 to 30."""
     small_crops: int | None = None
     """Small crops beside the two full views, for methods with multi-crop (SwAV)."""
@@ -64,7 +74,7 @@ class ImageViewConfig:
     """Side of a small crop in pixels."""
     mix: Literal["none", "mixup", "cutmix"] = "none"
     """Mix the first view of each image with another image of the batch; positives are soft then (i-Mix)."""
-    mix_alpha: float = 1.0
+    mix_alpha: float = DEFAULT_ALPHA
     """The share that is left of the image itself comes from Beta(alpha, alpha)."""
     mix_both: bool = False
     """Mix the second view alike, which SupCon wants."""
@@ -90,8 +100,11 @@ class ImageViewConfig:
             raise UserError(f"--crop-scale = {self.crop_scale}; it must lie in (0, 1].")
         if not self.mix_alpha > 0:
             raise UserError(f"--mix-alpha = {self.mix_alpha}; it must be above 0.")
-        if self.mix_both and self.mix == "none":
-            raise UserError("--mix-both has nothing to mix by: add --mix mixup or --mix cutmix.")
+        for option, given in (("--mix-both", self.mix_both), ("--mix-alpha", self.mix_alpha != DEFAULT_ALPHA)):
+            if given and self.mix == "none":
+                raise UserError(f"{option} has nothing to mix by: add --mix mixup or --mix cutmix.")
+        if self.rand_augment_magnitude != DEFAULT_MAGNITUDE and not self.rand_augment:
+            raise UserError("--rand-augment-magnitude has no operations: add --rand-augment 2, or another number.")
 
     def preset(self) -> Preset:
         """The augmentation with the changes.
@@ -123,27 +136,6 @@ class ImageViewConfig:
         return dataclasses.replace(recipe, **{name: value for name, value in changes.items() if value is not None})
 
 
-def find_preset(name: str) -> Preset:
-    """A published augmentation by name, or one of the user's own by ``package.module:name``.
-
-    Raises:
-        UserError: there is none, or it is neither a ``Preset`` nor a ``Recipe``.
-    """
-    if name in PRESETS:
-        return PRESETS[name]
-    if ":" not in name:
-        raise unknown_name("augmentation", name, PRESETS, "--augmentation")
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--augmentation {name} can't be found: {error}. Write package.module:name.") from error
-    if isinstance(found, Recipe):
-        return Preset(found)
-    if not isinstance(found, Preset):
-        raise UserError(f"--augmentation {name} is a {type(found).__name__}; it must be a Preset or a Recipe.")
-    return found
-
-
 class ImageViews:
     """Makes augmented views of a batch of images: two full ones, and small crops where they are asked for.
 
@@ -168,6 +160,8 @@ class ImageViews:
         else:
             self.config = config or ImageViewConfig()
             self.preset = self.config.preset()
+        if self.config.small_size is not None and not self.preset.small_crops:
+            raise UserError("--small-size has no small crops: add --small-crops 6, or another number.")
         self.small_size = self.config.small_size or max(4, round(self.preset.small_share * size))
         if self.preset.small_crops and self.small_size >= size:
             raise UserError(
@@ -235,7 +229,7 @@ class ImageViews:
             rows = slice(start, start + part)
             views = make_view(images[rows], recipe, plan.part(rows), size)
             if recipe.own is not None:
-                views = recipe.own(views, self.stream.on(images.device))
+                views = own_change(recipe.own, views, self.stream.on(images.device))
             if made is None:
                 made = views.new_empty(count, channels, size, size)
             normalise(views, self.preset.normalisation, out=made[rows])

@@ -10,12 +10,15 @@ which doesn't cut it there.
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from contrastive_mm.errors import UserError, unknown_name
 
 Jitter: TypeAlias = tuple[float, float, float, float]
 """Strengths of brightness, contrast, saturation and hue."""
@@ -37,6 +40,28 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 def simclr_jitter(strength: float) -> Jitter:
     """SimCLR's colour distortion of strength s (Chen et al. 2020, appendix A): 0.8 s three times, and 0.2 s."""
     return 0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength
+
+
+def own_change(change: Change, images: Tensor, generator: torch.Generator) -> Tensor:
+    """An augmentation of one's own, which must give images as it was given them.
+
+    Raises:
+        UserError: it gives something else than a tensor of the same shape, type and device.
+    """
+    changed: Any = change(images, generator)
+    wanted = _kind(images)
+    if not isinstance(changed, Tensor) or _kind(changed) != wanted:
+        found = ", ".join(map(str, _kind(changed))) if isinstance(changed, Tensor) else type(changed).__name__
+        name = getattr(change, "__name__", type(change).__name__)
+        raise UserError(
+            f"The augmentation's own change {name} gave {found} for {', '.join(map(str, wanted))}: let it return "
+            "images in 0..1 of the shape, type and device that it is given."
+        )
+    return changed
+
+
+def _kind(images: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    return tuple(images.shape), images.dtype, images.device
 
 
 @dataclass(frozen=True)
@@ -132,3 +157,24 @@ PRESETS: dict[str, Preset] = {
         small_share=0.5,
     ),
 }
+
+
+def find_preset(name: str) -> Preset:
+    """A published augmentation by name, or one of the user's own by ``package.module:name``.
+
+    Raises:
+        UserError: there is none, or it is neither a ``Preset`` nor a ``Recipe``.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if ":" not in name:
+        raise unknown_name("augmentation", name, PRESETS, "--augmentation")
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--augmentation {name} can't be found: {error}. Write package.module:name.") from error
+    if isinstance(found, Recipe):
+        return Preset(found)
+    if not isinstance(found, Preset):
+        raise UserError(f"--augmentation {name} is a {type(found).__name__}; it must be a Preset or a Recipe.")
+    return found
