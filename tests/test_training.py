@@ -56,11 +56,11 @@ def losses(folder):
     return [(line["step"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_stopped_run_continues_bit_for_bit(tmp_path, name):
-    whole = make_trainer(tmp_path / "whole", name)
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in METHODS), ("simclr", {"chunk_size": 3})])
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, name, options):
+    whole = make_trainer(tmp_path / "whole", name, **options)
     whole.train()
-    stopped = make_trainer(tmp_path / "stopped", name)
+    stopped = make_trainer(tmp_path / "stopped", name, **options)
     real_step, stopped_at = stopped.updater.step, 7
 
     def step(batch):
@@ -72,7 +72,7 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, name):
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     torch.rand(100)
-    resumed = make_trainer(tmp_path / "stopped", name)
+    resumed = make_trainer(tmp_path / "stopped", name, **options)
     resumed.train(resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     for mine, other in zip(resumed.method.state_dict().values(), whole.method.state_dict().values(), strict=True):

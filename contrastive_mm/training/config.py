@@ -29,6 +29,9 @@ class TrainerConfig:
     """Part of the run in which the learning rate rises linearly; a cosine to 0 follows."""
     gradient_clip: float | None = None
     """Largest norm of the gradient; None leaves it as it is."""
+    chunk_size: int | None = None
+    """Samples that the encoder takes at once, for batches that don't fit in memory: it is run twice then, and the loss
+    still sees the whole batch (GradCache). BatchNorm inside the encoder takes the statistics of a chunk."""
     precision: Precision = "no"
     """Mixed precision: bf16 on newer CPUs and GPUs, fp16 (with gradient scaling) on GPUs. Losses stay in float32."""
     device: Literal["auto", "cpu"] = "auto"
@@ -45,7 +48,7 @@ class TrainerConfig:
     """Watch for collapse and other failures: log the geometry of the features and say in one line what is wrong."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("epochs", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} = {value}; it must be at least 1.")

@@ -69,6 +69,7 @@ class Trainer:
             make_views,
             make_accelerator(config.precision, config.device),
             config.gradient_clip,
+            config.chunk_size,
         )
         self.method = method
         self.total_steps = config.steps or config.epochs * len(self.batches)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from contrastive_mm.methods.base import Method, Objective
 from contrastive_mm.training.accelerator import make_accelerator
+from contrastive_mm.training.chunks import encode_in_chunks
 from contrastive_mm.views import ViewMaker
 
 
@@ -25,6 +26,10 @@ class Updater:
         make_views: turns a raw batch into views.
         accelerator: device and precision; by default float32 on the GPU where there is one.
         gradient_clip: largest norm of the gradient.
+        chunk_size: samples that the encoder takes at once; see ``encode_in_chunks``.
+
+    Raises:
+        UserError: ``chunk_size`` is below 1.
     """
 
     def __init__(
@@ -34,7 +39,10 @@ class Updater:
         make_views: ViewMaker,
         accelerator: Accelerator | None = None,
         gradient_clip: float | None = None,
+        chunk_size: int | None = None,
     ) -> None:
+        if chunk_size is not None:
+            encode_in_chunks(method, chunk_size)
         self.accelerator = accelerator or make_accelerator()
         self.method = method
         self.make_views = make_views
