@@ -138,7 +138,11 @@ class ImageDomain:
             self.train_rows, self.validation_rows = first.nonzero().flatten(), (~first).nonzero().flatten()
         self.make_views = ImageViews(self.image_size, config.views, seed)
         # What the encoder was trained to see is a part of what it is: also where a preset changes.
-        views = replace(config.views, normalisation=self.make_views.preset.normalisation)
+        views = replace(
+            config.views,
+            augmentation=config.views.named(self.image_size),
+            normalisation=self.make_views.preset.normalisation,
+        )
         self.config = replace(self.config, views=views)
         trained = None if self.labels is None else self.labels[self.train_rows]
         # Partly labelled data give no labels to train with: a method would take what has none for a class of its own.

@@ -34,9 +34,12 @@ def open_image_run(
     return config, ImageDomain(config.domain_options, config.trainer.seed, run, test_data)
 
 
+def name_of_data(data: str | None, test_data: str | None) -> str | None:
+    """What files about other data than the run's own are called after; None for its own."""
+    parts = [re.sub(r"[^\w.-]+", "-", Path(part).name).strip("-") for part in (data, test_data) if part]
+    return "-on-".join(parts) or None
+
+
 def image_evaluation_files(folder: Path, data: str | None, test_data: str | None) -> tuple[Path, Path]:
     """Where scores and pictures go: names of their own for other data and for a test split."""
-    if test_data is None:
-        return evaluation_files(folder, data)
-    parts = [re.sub(r"[^\w.-]+", "-", Path(part).name) for part in (data, test_data) if part]
-    return evaluation_files(folder, "-on-".join(parts))
+    return evaluation_files(folder, name_of_data(data, test_data))

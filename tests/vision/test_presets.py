@@ -96,7 +96,7 @@ def test_small_crops_may_be_added_to_any_augmentation():
 
 
 def test_options_change_both_views_of_a_preset():
-    preset = ImageViewConfig("byol", blur=0.3, jitter_strength=1.0, crop_scale=0.5).preset()
+    preset = ImageViewConfig("byol", blur=0.3, jitter_strength=1.0, crop_scale=0.5).preset(224)
     assert [recipe.blur for recipe in (preset.first, preset.second)] == [0.3, 0.3]
     assert preset.second.jitter_strengths == pytest.approx((0.8, 0.8, 0.8, 0.2))
     assert preset.second.crop_scale == (0.5, 1.0)
@@ -315,3 +315,16 @@ def test_a_runs_options_say_how_its_images_were_normalised():
     assert ImageDomain(config, 0).config.views.normalisation == "imagenet"
     mean, deviation = input_scaling({"normalisation": "imagenet"})
     assert (mean, deviation) == tuple(list(values) for values in NORMALISATIONS["imagenet"])
+
+
+@pytest.mark.parametrize(("size", "name"), [(64, "simclr-cifar"), (65, "simclr")])
+def test_the_default_augmentation_fits_the_size_of_the_views(size, name):
+    assert ImageViews(size).preset == PRESETS[name]
+    mirrored = dataclasses.replace(PRESETS[name].first, flip=0.1)
+    assert ImageViews(size, ImageViewConfig(flip=0.1)).preset.first == mirrored
+    assert ImageViews(size, ImageViewConfig("byol")).preset == PRESETS["byol"]
+
+
+def test_a_run_says_which_augmentation_it_had():
+    config = VisionConfig(data="digits", image_size=8)
+    assert ImageDomain(config, seed=0).config.views.augmentation == "simclr-cifar"

@@ -60,6 +60,14 @@ def test_fine_tuning_on_a_test_split_draws_labels_from_all_of_the_data(run, tmp_
     assert "18 labelled of 36 training images" in capsys.readouterr().out
 
 
+def test_fine_tuning_on_other_data_has_a_folder_of_its_own(run, tmp_path):
+    other = plant(tmp_path / "other", COLOURS, 6)
+    arguments = ["vision", "fine-tune", str(run), "--labels=0.5", "--epochs=1"]
+    assert main([*arguments, f"--data={other}"]) == 0
+    assert main(arguments) == 0
+    assert {path.name for path in (run / "fine-tuning").iterdir()} == {"other-labels-0.5-seed-0", "labels-0.5-seed-0"}
+
+
 def test_simclr_v2_trains_on_all_of_the_data_where_a_test_split_is_given(tmp_path):
     data, test = plant(tmp_path / "data", COLOURS, 8), plant(tmp_path / "test", COLOURS, 4)
     recipe = tmp_path / "recipe.yaml"

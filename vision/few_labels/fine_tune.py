@@ -23,7 +23,7 @@ from contrastive_mm.vision.few_labels.classifiers import Classifier
 from contrastive_mm.vision.few_labels.fine_tuning import FineTuningConfig
 from contrastive_mm.vision.few_labels.labelled import draw_labelled
 from contrastive_mm.vision.few_labels.training import FewLabels
-from contrastive_mm.vision.image_runs import open_image_run
+from contrastive_mm.vision.image_runs import name_of_data, open_image_run
 
 RESULT_FILE = "fine_tuning.json"
 STAGES = {"from scratch": "from-scratch", "linear probe": "linear-probe", "fine-tuned": "fine-tuned"}
@@ -54,13 +54,15 @@ def fine_tune(
         data: fine-tune on other data than the encoder was pretrained on.
         test_data: score on these images (cifar10:test, a folder, FOLDER:test) and take --labels of all of --data.
         seed: decides which labels are drawn, the order and the views; by default the run's.
-        output: folder of the three trainings; by default fine-tuning/labels-SHARE-seed-SEED in the run.
+        output: folder of the three trainings; by default fine-tuning/labels-SHARE-seed-SEED in the run, with the
+            name of other data before it.
         overwrite: delete what that folder holds and begin anew.
         options: of the training.
     """
     config, domain = open_image_run(run, data, test_data)
     base = config.trainer if seed is None else dataclasses.replace(config.trainer, seed=seed)
-    folder = output or run / "fine-tuning" / f"labels-{labels:g}-seed-{base.seed}"
+    parts = (name_of_data(data, test_data), f"labels-{labels:g}-seed-{base.seed}")
+    folder = output or run / "fine-tuning" / "-".join(part for part in parts if part)
     classes = None if domain.class_names is None else len(domain.class_names)
     labelled = draw_labelled(domain.labels, domain.train_rows, labels, base.seed, classes)
     few = FewLabels(domain, labelled, base, options)

@@ -36,6 +36,9 @@ CACHED = 1 << 19
 
 Pixels = UInt8[Tensor, "batch channels height width"] | Images
 
+AUTO = "auto"
+LARGEST_SMALL = 64
+"""Side in pixels up to which views get the augmentation for small images, as encoders get the small stem."""
 DEFAULT_MAGNITUDE = 9
 DEFAULT_ALPHA = 1.0
 
@@ -46,9 +49,10 @@ PROBABILITIES = ("flip", "jitter", "greyscale", "blur", "solarise")
 class ImageViewConfig:
     """Views of each image: a published augmentation by name, and what is to be different."""
 
-    augmentation: str = "simclr-cifar"
-    """simclr, simclr-v2, simclr-cifar, moco-v1, moco-v2, moco-v3, moco-cifar, byol, swav or swav-cifar; or
-    package.module:name, a Preset or Recipe of your own."""
+    augmentation: str = AUTO
+    """auto, which is simclr for views above 64 pixels a side and simclr-cifar for smaller ones; simclr, simclr-v2,
+    simclr-cifar, moco-v1, moco-v2, moco-v3, moco-cifar, byol, swav or swav-cifar; or package.module:name, a Preset or
+    Recipe of your own."""
     crop_scale: float | None = None
     """Smallest share of the image's area that a full view takes; the largest is 1. None, here and below: as the
     augmentation has it."""
@@ -106,13 +110,19 @@ class ImageViewConfig:
         if self.rand_augment_magnitude != DEFAULT_MAGNITUDE and not self.rand_augment:
             raise UserError("--rand-augment-magnitude has no operations: add --rand-augment 2, or another number.")
 
-    def preset(self) -> Preset:
-        """The augmentation with the changes.
+    def named(self, size: int) -> str:
+        """The augmentation's name for views of this side in pixels."""
+        if self.augmentation != AUTO:
+            return self.augmentation
+        return "simclr" if size > LARGEST_SMALL else "simclr-cifar"
+
+    def preset(self, size: int) -> Preset:
+        """The augmentation with the changes, for views of this side in pixels.
 
         Raises:
             UserError: there is none of that name.
         """
-        preset = find_preset(self.augmentation)
+        preset = find_preset(self.named(size))
         small = preset.small
         if self.small_crops and small is None:
             small = dataclasses.replace(preset.first, crop_scale=(0.05, preset.first.crop_scale[0] or 0.14))
@@ -159,7 +169,7 @@ class ImageViews:
             self.preset = config if isinstance(config, Preset) else Preset(config)
         else:
             self.config = config or ImageViewConfig()
-            self.preset = self.config.preset()
+            self.preset = self.config.preset(size)
         if self.config.small_size is not None and not self.preset.small_crops:
             raise UserError("--small-size has no small crops: add --small-crops 6, or another number.")
         self.small_size = self.config.small_size or max(4, round(self.preset.small_share * size))
