@@ -298,3 +298,34 @@ def test_a_runs_options_say_how_its_images_were_normalised():
     assert ImageDomain(config, 0).config.views.normalisation == "imagenet"
     mean, deviation = input_scaling({"normalisation": "imagenet"})
     assert (mean, deviation) == tuple(list(values) for values in NORMALISATIONS["imagenet"])
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (lambda views, source: views[:, :1], r"float32 of shape \(4, 1, 8, 8\) on cpu; it was given, and must return"),
+        (lambda views, source: views[:1], r"shape \(1, 3, 8, 8\)"),
+        (lambda views, source: views.double(), "torch.float64"),
+        (lambda views, source: None, "a NoneType, not a tensor"),
+        (lambda views, source: views / 0 * 0, "NaN or infinity"),
+    ],
+)
+def test_what_an_augmentation_of_ones_own_may_not_return_is_said(own, message):
+    views = ImageViews(8, dataclasses.replace(RULED, own=own))
+    with pytest.raises(UserError, match=f"The augmentation's own function returned .*{message}"):
+        views({"image": torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise RuntimeError('no')", "RuntimeError: no"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def (", "SyntaxError"),
+    ],
+)
+def test_a_module_of_ones_own_that_cannot_be_imported_is_named(tmp_path, monkeypatch, code, message):
+    (tmp_path / "own_views.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"--augmentation own_views:mine: importing own_views fails with {message}"):
+        ImageViews(8, ImageViewConfig(augmentation="own_views:mine"))

@@ -137,6 +137,10 @@ def find_preset(name: str) -> Preset:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--augmentation {name} can't be found: {error}. Write package.module:name.") from error
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
+        raise UserError(
+            f"--augmentation {name}: importing {name.partition(':')[0]} fails with {type(error).__name__}: {error}."
+        ) from error
     if isinstance(found, Recipe):
         return Preset(found)
     if not isinstance(found, Preset):
@@ -235,7 +239,7 @@ class ImageViews:
             rows = slice(start, start + part)
             views = make_view(images[rows], recipe, plan.part(rows), size)
             if recipe.own is not None:
-                views = recipe.own(views, self.stream.on(images.device))
+                views = _checked(recipe.own(views, self.stream.on(images.device)), views)
             if made is None:
                 made = views.new_empty(count, channels, size, size)
             normalise(views, self.preset.normalisation, out=made[rows])
@@ -274,6 +278,25 @@ def make_view(images: Tensor, recipe: Recipe, plan: Plan, size: int) -> Squares:
     change_some_(views, plan.blurred, lambda some, rows: blur(some, plan.sigma[rows]))
     change_some_(views, plan.solarised, lambda some, rows: solarise(some))
     return views
+
+
+def _checked(made: Any, given: Squares) -> Squares:
+    """What a recipe's own function made of views, where it is what the encoder can take.
+
+    Raises:
+        UserError: it is of another shape or type, or holds NaN or infinity.
+    """
+    wanted = f"{given.dtype} of shape {tuple(given.shape)}"
+    if not isinstance(made, Tensor):
+        raise UserError(f"The augmentation's own function returned a {type(made).__name__}, not a tensor of {wanted}.")
+    if made.shape != given.shape or made.dtype != given.dtype or made.device != given.device:
+        raise UserError(
+            f"The augmentation's own function returned {made.dtype} of shape {tuple(made.shape)} on {made.device}; "
+            f"it was given, and must return, {wanted} on {given.device}."
+        )
+    if not bool(torch.isfinite(made).all()):
+        raise UserError("The augmentation's own function returned NaN or infinity; its values must lie in 0..1.")
+    return made
 
 
 def normalise(images: Images, normalisation: Normalisation = "half", out: Tensor | None = None) -> Images:
