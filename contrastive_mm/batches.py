@@ -39,12 +39,20 @@ class EpochBatches(ABC):
         batch_size: samples a batch.
         seed: decides the order.
         arrange: reorders an epoch's permutation, for example into batches of similar length.
+        identity: a digest of what the samples are, where one is to be had: a resumed run must have the same.
 
     Raises:
         UserError: batch_size below 2 or above num_samples.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int = 0, arrange: Arrange | None = None) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int = 0,
+        arrange: Arrange | None = None,
+        identity: str | None = None,
+    ) -> None:
         if not 2 <= batch_size <= num_samples:
             raise UserError(
                 f"batch_size = {batch_size}, but there are {num_samples} training samples; "
@@ -56,6 +64,7 @@ class EpochBatches(ABC):
         self.epoch = 0
         self.position = 0
         self._arrange = arrange
+        self._data = identity
 
     def __len__(self) -> int:
         """Batches in one epoch."""
@@ -76,9 +85,9 @@ class EpochBatches(ABC):
     def _loaded(self, chunks: list[Tensor], epoch: int, first: int) -> Iterator[Mapping[str, Tensor]]:
         """The batches of these sample numbers in this order; the first of them is batch ``first`` of the epoch."""
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str | None]:
         """Where the order stands."""
-        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+        return {"epoch": self.epoch, "position": self.position, **self._identity(), "data": self._data}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved place.
@@ -87,11 +96,17 @@ class EpochBatches(ABC):
             UserError: the state belongs to another data size, batch size or seed, whose order was another.
         """
         for name, value in self._identity().items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise UserError(
-                    f"The checkpoint was made with {name} = {state[name]}, this run has {value}; "
+                    f"The checkpoint was made with {name} = {state.get(name)}, this run has {value}; "
                     f"an exact resume needs the same {name}."
                 )
+        if state.get("data", self._data) != self._data:  # checkpoints of earlier releases hold none
+            raise UserError(
+                f"There are {self.num_samples} training samples as when the checkpoint was made, but not the same "
+                "ones, or not of the same classes. Put the data back as they were to resume, or begin anew with "
+                "--overwrite or another --output."
+            )
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _identity(self) -> dict[str, int]:
@@ -113,6 +128,7 @@ class ShuffledBatches(EpochBatches):
         seed: decides the order.
         arrange: reorders an epoch's permutation, for example into batches of similar length.
         prefetch: batches made ahead in a thread; 0 makes each when it is asked for.
+        identity: as in ``EpochBatches``.
 
     Raises:
         UserError: batch_size below 2 or above num_samples.
@@ -126,8 +142,9 @@ class ShuffledBatches(EpochBatches):
         seed: int = 0,
         arrange: Arrange | None = None,
         prefetch: int = 0,
+        identity: str | None = None,
     ) -> None:
-        super().__init__(num_samples, batch_size, seed, arrange)
+        super().__init__(num_samples, batch_size, seed, arrange, identity)
         self._load = load
         self._prefetch = prefetch
 

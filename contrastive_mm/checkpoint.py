@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import random
 import tempfile
 from collections.abc import Callable, Mapping
@@ -27,6 +26,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path: the file to make or replace.
         write: writes the content to the path that it is given.
+
+    Raises:
+        UserError: the disk is full, or can't be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -38,6 +40,12 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{path} can't be written ({reason}); what was there is as it was. Make room on the disk, or write "
+            "elsewhere; a training then goes on with --resume."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -45,6 +53,21 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def save_with_torch(value: Any, path: Path) -> None:
+    """``torch.save``, whose writer gives no reason where the system refuses to write.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 class CheckpointFolder:
@@ -66,7 +89,7 @@ class CheckpointFolder:
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write one checkpoint, then drop those beyond ``keep``."""
         path = self.folder / f"step-{step:09d}.pt"
-        write_atomically(path, lambda temporary: torch.save(dict(state), temporary))
+        write_atomically(path, lambda temporary: save_with_torch(dict(state), temporary))
         for old in self.paths()[: -self.keep]:
             old.unlink()
         for litter in self.folder.glob(".step-*"):  # of a process that was killed while it wrote
@@ -84,9 +107,10 @@ class CheckpointFolder:
             return None
         try:
             state = torch.load(paths[-1], map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # bytes that are no checkpoint make the reader raise nearly every kind there is
             raise UserError(
-                f"The checkpoint {paths[-1]} can't be read ({error}). Delete it to resume from the one before it."
+                f"The checkpoint {paths[-1]} can't be read ({str(error) or type(error).__name__}). Delete it to "
+                "resume from the one before it."
             ) from error
         if not isinstance(state, dict):
             raise UserError(f"{paths[-1]} is no checkpoint: it holds a {type(state).__name__}. Move it away.")
@@ -165,7 +189,7 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
     """Load weights written by ``save_encoder``.
 
     Raises:
-        UserError: the file is missing, unreadable, or of another architecture.
+        UserError: the file is missing, unreadable, of another architecture, or holds NaN or infinity.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: has this run saved an encoder yet?")
@@ -173,4 +197,10 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} can't be read as safetensors ({error}).") from error
+    broken = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise UserError(
+            f"{path}: {broken[0]} holds NaN or infinity, and {len(broken) - 1} more do. Training never saves such "
+            "weights: write the file again from the last checkpoint with --resume, or train anew."
+        )
     load_weights(encoder, weights, str(path))

@@ -98,7 +98,7 @@ def _run_domain_command(domain: str, word: str, arguments: list[str]) -> None:
     """A command of the domain's own, or one that every domain's runs have."""
     own = domain_commands(domain)
     if word not in own and word not in RUN_COMMANDS:
-        raise unknown_name(f"command of {domain}", word, [*own, *RUN_COMMANDS])
+        raise unknown_name(f"command of {domain}", word, sorted({*own, *RUN_COMMANDS}))
     command = own[word]() if word in own else COMMANDS[word]
     tyro.cli(command, prog=f"contrastive-mm {domain} {word}", args=arguments)
 

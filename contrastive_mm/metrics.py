@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive_mm.checkpoint import write_atomically
+from contrastive_mm.errors import UserError
 
 
 class MetricsLog:
@@ -20,10 +21,20 @@ class MetricsLog:
         self.path = path
 
     def append(self, values: dict[str, Any]) -> None:
-        """Add one line."""
+        """Add one line.
+
+        Raises:
+            UserError: the disk is full, or can't be written to.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} can't be written ({error.strerror}). Make room on the disk; training then goes on with "
+                "--resume."
+            ) from error
 
     def last(self) -> dict[str, Any]:
         """The newest line; empty where there is none."""
@@ -44,11 +55,13 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log. A torn last line (the program was killed while writing it) is left out."""
+    """The lines of a log. What is no line of it (torn by a kill, say) is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(values, dict) and "step" in values:
+            lines.append(values)
     return lines

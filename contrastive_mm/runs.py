@@ -52,9 +52,14 @@ def _check_folder(output: Path, resume: bool, overwrite: bool) -> None:
             f"{output} already holds a run ({', '.join(held)}). Continue it with --resume, replace it with "
             "--overwrite, or choose another --output."
         )
-    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    _refuse_unwritable("--output", output)
+
+
+def _refuse_unwritable(option: str, path: Path) -> None:
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    there = there.parent if there.is_file() and there == path else there  # a file that will be replaced
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--output {output} can't be written to: {there} is no folder that you may write in.")
+        raise UserError(f"{option} {path} can't be written to: {there} is no folder that you may write in.")
 
 
 def _held_parts(output: Path) -> list[str]:
@@ -199,6 +204,7 @@ def embed_run(run: Path, data: str, out: Path) -> Embeddings:
     """
     if out.is_dir() or not (out.parent.is_dir() or not out.parent.exists()):
         raise UserError(f"--out {out} can't be written: give the name of a file.")
+    _refuse_unwritable("--out", out)  # before the features are computed, not after
     config, domain = open_run(run, data)
     embedded = domain.embed(trained_encoder(run, config, domain), everything=True)
     dimensions = embedded.features.shape[1]

@@ -62,3 +62,12 @@ def test_an_error_while_prefetching_reaches_the_caller():
 def test_arrange_gets_the_order():
     batches = ShuffledBatches(6, 2, lambda rows: {"row": rows}, arrange=lambda order, _: order.sort().values)
     assert torch.tensor(epoch(batches)).flatten().tolist() == list(range(6))
+
+
+def test_as_many_but_other_samples_are_refused_on_resume():
+    saved = make(identity="these").state_dict()
+    make(identity="these").load_state_dict(saved)
+    with pytest.raises(UserError, match="10 training samples as when the checkpoint was made, but not the same "):
+        make(identity="others").load_state_dict(saved)
+    del saved["data"]
+    make(identity="others").load_state_dict(saved)  # of an earlier release, which noted nothing

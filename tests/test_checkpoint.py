@@ -1,4 +1,5 @@
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -30,6 +31,44 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         write_atomically(target, fail)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_said_and_the_old_file_stays(tmp_path, monkeypatch):
+    path = CheckpointFolder(tmp_path).save(1, {"step": 1})
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, resource.RLIM_INFINITY))
+    try:
+        for write in (
+            lambda: CheckpointFolder(tmp_path).save(1, {"weights": torch.zeros(1 << 16)}),
+            lambda: save_encoder(nn.Linear(1 << 8, 1 << 8), tmp_path / "encoder.safetensors"),
+            lambda: MetricsLog(tmp_path / "metrics.jsonl").append({"step": 1, "text": "x" * (1 << 14)}),
+        ):
+            with pytest.raises(UserError, match=r"can't be written \(.*File too large.*Make room on the disk"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert path.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} <= {path.name, "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02N.", b"\0" * 999])
+def test_bytes_that_are_no_checkpoint_are_named(tmp_path, content):
+    (tmp_path / "step-000000001.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"step-000000001.pt (can't be read \(.+\)|is no checkpoint)"):
+        CheckpointFolder(tmp_path).load_newest()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    layer = nn.Linear(2, 2)
+    layer.bias.data[1] = float("nan")
+    save_encoder(layer, tmp_path / "encoder.safetensors")
+    with pytest.raises(UserError, match=r"encoder.safetensors: bias holds NaN or infinity"):
+        load_encoder(nn.Linear(2, 2), tmp_path / "encoder.safetensors")
+
+
+def test_lines_of_a_log_that_are_none_are_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n[1]\nnull\n"x"\n\xff\xfe\n{"step": 2}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +27,7 @@ from contrastive_mm.evaluation import (
 )
 from contrastive_mm.progress import progress
 from contrastive_mm.training.accelerator import current_device
+from contrastive_mm.vision.data.digest import images_digest, names_digest
 from contrastive_mm.vision.data.images import ImageSet, ImageSource, join_sources
 from contrastive_mm.vision.data.loader import CropBatches, CropWorkers
 from contrastive_mm.vision.data.sources import find_images
@@ -123,8 +125,12 @@ class ImageDomain:
         source = find_images(config.data)
         learnt = len(source)
         if test_data is not None:
+            if test_data == config.data:
+                raise UserError(
+                    f"--test-data {test_data} is --data itself: its images would be learnt from and scored on."
+                )
             source = join_sources(source, find_images(test_data), test_data)
-        self.image_size = config.image_size or native_size(source)
+        self.image_size = config.image_size or native_size(source, config.data)
         self.config = replace(config, image_size=self.image_size)
         # Views are cropped from somewhat more than their own size, where images are large enough to have it.
         stored_size = self.image_size if self.image_size <= LARGEST_NATIVE else self.image_size * 8 // 7
@@ -178,7 +184,9 @@ class ImageDomain:
                 stream, config.batch_size, workers, self.seed, config.prefetch, max_broken=config.max_broken
             )
         if self.images.in_memory:
-            return ShuffledBatches(count, config.batch_size, self._load, self.seed, prefetch=2)
+            return ShuffledBatches(
+                count, config.batch_size, self._load, self.seed, prefetch=2, identity=self._identity()
+            )
         rows = self.train_rows.tolist()
         return CropBatches(
             count,
@@ -189,7 +197,19 @@ class ImageDomain:
             lambda index, error: self.images.note_broken(rows[index], error),
             self.seed,
             config.prefetch,
+            self._identity(),
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal where the images, their names and their labels are; see ``images_digest``."""
+        return images_digest(self.images)
+
+    def _identity(self) -> str:
+        """What an exact resume needs to be the same of the training images."""
+        rows, ids = self.train_rows.tolist(), self.images.ids
+        labels = [] if self._train_labels is None else self._train_labels.tolist()
+        return names_digest((ids[row] for row in rows), labels)
 
     def _load(self, indices: Tensor) -> dict[str, Tensor]:
         if self._resident is None:  # at the first batch, when the device is known
@@ -287,7 +307,7 @@ def memory_limit(storage: str, image_size: int) -> int:
     return sys.maxsize if storage == "memory" else 0
 
 
-def native_size(source: ImageSource) -> int:
+def native_size(source: ImageSource, data: str = "the data set") -> int:
     """Side of the views for a data set: the first readable image's shorter side, or 224 where it is over 96.
 
     Images of less than 4 pixels a side are passed over: a single one, first by chance, is no measure of the rest.
@@ -295,19 +315,22 @@ def native_size(source: ImageSource) -> int:
     Raises:
         UserError: no image can be opened, or all are smaller.
     """
-    tiny = 0
+    tiny, reason = 0, ""
     for number in range(len(source)):
         try:
             with source.open_image(number) as image:
                 side = min(image.size)
-        except Exception:  # broken; the image set names it
+        except Exception as error:  # broken; the image set names it
+            reason = reason or f" ({error})"
             continue
         if side >= SMALLEST_VIEW:
             return side if side <= LARGEST_NATIVE else 224
         tiny += 1
     if tiny:
         raise UserError(
-            f"Not one of the {len(source)} images has {SMALLEST_VIEW} pixels a side, {source.ids[0]} the first of "
-            "them: say with --image-size what they are to be enlarged to."
+            f"Not one of the {len(source)} images of {data} has {SMALLEST_VIEW} pixels a side, {source.ids[0]} the "
+            "first of them: say with --image-size what they are to be enlarged to."
         )
-    raise UserError(f"Not one of the {len(source)} images could be opened, {source.ids[0]} the first of them.")
+    raise UserError(
+        f"Not one of the {len(source)} images of {data} could be opened, {source.ids[0]} the first of them{reason}."
+    )

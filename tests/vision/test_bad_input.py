@@ -183,3 +183,46 @@ def test_finding_and_checking_many_files_opens_no_image(tmp_path, monkeypatch):
 )
 def test_only_what_begins_and_ends_as_a_whole_image_goes_undecoded(ends, whole):
     assert looks_whole(ends) == whole
+
+
+def test_a_first_image_too_small_to_tell_the_size_of_views_is_named(tmp_path):
+    picture(LEVEL, (50, 1)).save(tmp_path / "0.png")
+    for number in range(1, 4):
+        picture(LEVEL).save(tmp_path / f"{number}.png")
+    with pytest.raises(UserError, match=r"0.png, the first image of .* is 50 x 1 pixels.*--image-size"):
+        ImageDomain(VisionConfig(data=str(tmp_path)), 0)
+    assert len(ImageDomain(VisionConfig(data=str(tmp_path), image_size=8), 0).images) == 4
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_the_digest_tells_other_images_names_and_labels(tmp_path, storage):
+    def digest():
+        return ImageDomain(VisionConfig(data=str(tmp_path), storage=storage, image_size=8), 0).digest
+
+    for name, level in (("a/1.png", 10), ("a/2.png", 20), ("b/3.png", 30)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(level).save(tmp_path / name)
+    found = [digest(), digest()]
+    assert found[0] == found[1]
+    photo().save(tmp_path / "a" / "1.png")
+    found.append(digest())
+    (tmp_path / "a" / "2.png").rename(tmp_path / "a" / "4.png")
+    found.append(digest())
+    (tmp_path / "a" / "4.png").rename(tmp_path / "b" / "4.png")
+    found.append(digest())
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_resuming_on_as_many_other_images_is_refused(tmp_path, storage):
+    def batches():
+        options = VisionConfig(data=str(tmp_path), storage=storage, image_size=8, batch_size=2)
+        return ImageDomain(options, 0).train_batches()
+
+    for number in range(4):
+        picture(LEVEL).save(tmp_path / f"{number}.png")
+    saved = batches().state_dict()
+    batches().load_state_dict(saved)
+    (tmp_path / "2.png").rename(tmp_path / "9.png")
+    with pytest.raises(UserError, match="but not the same ones"):
+        batches().load_state_dict(saved)

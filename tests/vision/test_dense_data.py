@@ -73,6 +73,46 @@ def test_a_wrong_annotation_is_named(tmp_path, coco, changes, message):
         read(tmp_path, coco)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("images", 0, "id"), [1], r"images\[0\] has the id \[1\]; it must be a number or a text"),
+        (("images", 0, "height"), None, r"images\[0\] has the height None; it must be a number of pixels"),
+        (("images", 0, "width"), "wide", "has the width 'wide'"),
+        (("images", 0, "file_name"), None, r"images\[0\] has the file_name None; it must be a text"),
+        (("annotations", 1, "image_id"), [42], r"annotations\[1\] has the image_id \[42\]"),
+        (("annotations", 1, "category_id"), {}, r"annotations\[1\] has the category_id \{\}"),
+        (("categories", 0, "id"), "7", "annotation 1: there is no category 7; known: 3, 7"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(tmp_path, coco, place, value, message):
+    part, number, key = place
+    coco[part][number][key] = value
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, coco)
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        ({"size": [5, 5], "counts": [5, 20]}, r"its size is \[5, 5\], the image's \[10, 20\]"),
+        ({"size": [10, 20], "counts": [5, 20]}, "its counts are of 25 pixels, the image has 200"),
+        ({"size": [10, 20], "counts": "garbage"}, "none of COCO's formats"),
+        ({"counts": "garbage"}, "none of COCO's formats"),
+    ],
+)
+def test_run_lengths_that_are_not_of_the_whole_image_are_refused(tmp_path, coco, region, message):
+    coco["annotations"][0]["segmentation"] = region
+    with pytest.raises(UserError, match=f"annotation 1.*{message}"):
+        read(tmp_path, coco, "classes")
+
+
+def test_a_split_of_coco_data_is_refused_and_messages_name_the_option(tmp_path, coco):
+    file = write_json(tmp_path / "all.json", coco)
+    with pytest.raises(UserError, match=r"--test-data .*all.json:val: COCO data have no splits"):
+        read_dense_data(f"{file}:val", "boxes", option="--test-data")
+
+
 def test_boxes_a_pixel_over_the_border_are_cut_and_those_without_area_left_out(tmp_path, coco, capsys):
     coco["annotations"][0]["bbox"] = [-0.5, 3, 21, 7.2]
     coco["annotations"][1]["bbox"] = [3, 3, 0, 5]
@@ -249,3 +289,11 @@ def test_coordinates_that_are_no_json_numbers_are_refused(tmp_path, coco):
     (tmp_path / "all.json").write_text(text)
     with pytest.raises(UserError, match="annotation 1: its bbox"):
         read_dense_data(str(tmp_path / "all.json"), "boxes")
+
+
+def test_a_list_of_classes_that_is_not_utf8_is_named(tmp_path):
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "classes.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"classes.txt is no text in UTF-8 .*save it as such"):
+        read_dense_data(str(tmp_path), "boxes")

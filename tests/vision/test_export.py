@@ -86,7 +86,7 @@ def test_timm_loads_the_weights_with_nothing_left_over(tmp_path, name, size):
     assert_same_features(model, encoder, size)
 
 
-@pytest.mark.parametrize("name", ["small-conv", "resnet18-1x-sk", "resnet18", "timm/resnet10t"])
+@pytest.mark.parametrize("name", ["small-conv", "small-conv-8", "resnet18-1x-sk", "resnet18", "timm/resnet10t"])
 def test_safetensors_hold_any_encoder_and_say_which(tmp_path, name):
     encoder = make_run(tmp_path / "run", name, 32)
     path = tmp_path / "weights.safetensors"
@@ -220,7 +220,7 @@ def test_a_model_that_computes_something_else_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("name", "format"), [("small-conv", "timm"), ("resnet18-1x", "torchvision"), ("timm/resnet10t", "torchvision")]
+    ("name", "format"), [("small-conv-8", "timm"), ("resnet18-1x", "torchvision"), ("timm/resnet10t", "torchvision")]
 )
 def test_a_format_that_does_not_fit_is_refused(tmp_path, name, format):
     make_run(tmp_path / "run", name, 32)
@@ -280,3 +280,20 @@ def test_the_command_exports_what_training_wrote(tmp_path, capsys, monkeypatch):
         assert torch.equal(value, weights[name])
     assert main(["vision", "export", "run", "--format", "timm", "--output", "weights.pth"]) == 2
     assert "timm has no model" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_was_killed_is_no_reason_not_to_export(tmp_path):
+    make_run(tmp_path / "run", "small-conv-8", 8)
+    for content in ("{", '{"protocols": {}}', "[]"):
+        (tmp_path / "run" / "evaluation.json").write_text(content)
+        export_encoder(tmp_path / "run", tmp_path / "hub", "hub", overwrite=True)
+        assert "No scores" in (tmp_path / "hub" / "README.md").read_text() or read_run(tmp_path / "run").scores is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"contrastive_mm": {}}', '{"contrastive_mm": 3}'])
+def test_a_changed_configuration_of_an_exported_folder_is_named(tmp_path, content):
+    make_run(tmp_path / "run", "small-conv-8", 8)
+    export_encoder(tmp_path / "run", tmp_path / "hub", "hub")
+    (tmp_path / "hub" / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config.json has no part 'contrastive_mm'"):
+        load_exported(tmp_path / "hub")

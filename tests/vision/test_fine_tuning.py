@@ -50,6 +50,14 @@ def few(domain, labelled=None, options=SHORT, **base):
     return FewLabels(domain, labelled, TrainerConfig(checkpoint_every=4, **base), options)
 
 
+def test_without_images_to_score_on_nothing_is_trained(tmp_path, capsys):
+    flags = ["--data=digits", "--image-size=8", "--encoder=small-conv-2", "--steps=1", "--validation-share=0"]
+    assert main(["vision", f"--output={tmp_path / 'run'}", *flags]) == 0
+    assert main(["vision", "fine-tune", str(tmp_path / "run"), "--epochs=1"]) == 2
+    assert "No labelled image is held back" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "fine-tuning").exists()
+
+
 def test_drawn_labels_are_a_share_of_every_class():
     labels = torch.tensor([0] * 100 + [1] * 40 + [2] * 3)[torch.randperm(143)]
     rows = torch.arange(143)

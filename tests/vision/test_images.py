@@ -256,5 +256,7 @@ def test_a_tiny_image_that_comes_first_is_no_measure_of_the_rest(tmp_path):
 
 def test_a_folder_of_nothing_readable_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"Not one of the 1 images could be opened, a\.png"):
+    with pytest.raises(
+        UserError, match=r"Not one of the 1 images of .* could be opened, a\.png the first of them \(cannot identify"
+    ):
         ImageDomain(VisionConfig(data=str(tmp_path)), 0)

@@ -79,7 +79,7 @@ def test_a_label_column_without_a_single_label_is_none(tmp_path, label):
 
 
 def test_labels_that_are_no_classes_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds list, not names or numbers"):
+    with pytest.raises(UserError, match="holds list; it must hold the classes' names"):
         find_images(write_parquet(tmp_path / "data.parquet", image=[encoded(1)] * 2, label=[[1, 2], [3]]))
 
 

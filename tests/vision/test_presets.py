@@ -328,3 +328,23 @@ def test_the_default_augmentation_fits_the_size_of_the_views(size, name):
 def test_a_run_says_which_augmentation_it_had():
     config = VisionConfig(data="digits", image_size=8)
     assert ImageDomain(config, seed=0).config.views.augmentation == "simclr-cifar"
+
+
+def test_an_augmentation_of_ones_own_that_gives_nan_is_refused():
+    with pytest.raises(UserError, match="own change <lambda> gave NaN or infinity"):
+        ImageViews(8, Recipe(own=lambda views, source: views / 0 * 0))({"image": pictures(4)})
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise RuntimeError('no')", "RuntimeError: no"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def (", "SyntaxError"),
+    ],
+)
+def test_a_module_of_ones_own_that_cannot_be_imported_is_named(tmp_path, monkeypatch, code, message):
+    (tmp_path / "own_views.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"--augmentation own_views:mine: importing own_views fails with {message}"):
+        ImageViews(8, ImageViewConfig(augmentation="own_views:mine"))

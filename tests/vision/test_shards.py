@@ -109,3 +109,15 @@ def test_a_broken_image_in_a_shard_is_left_out(tmp_path):
     source = find_images(write_tar(tmp_path / "a.tar", members))
     for limit in (0, 1 << 30):
         assert ImageSet(source, 8, 0.7, memory_limit=limit).ids == ["a.tar/b"]
+
+
+def test_names_that_are_not_utf8_can_be_written_into_a_table(tmp_path):
+    source = find_images(write_tar(tmp_path / "x.tar", [("caf\udce9.png", encoded(7))]))
+    assert source.ids == ["x.tar/caf\\udce9"]
+    assert levels(ImageSet(source, 8).read(torch.tensor([0]))) == [7]
+
+
+def test_names_beside_numbers_of_classes_are_told_apart(tmp_path):
+    path = write_tar(tmp_path / "x.tar", sample(1, 0) + sample(2, "cat"))
+    with pytest.raises(UserError, match=r"x.tar holds int beside str; it must hold the classes' names alone"):
+        find_images(path)

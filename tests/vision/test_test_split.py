@@ -164,3 +164,26 @@ def test_the_labels_of_the_idx_test_split_are_its_own(splits):
 def test_files_of_several_splits_are_not_trained_on_at_once(splits, kind):
     with pytest.raises(UserError, match=rf"several splits \(test, train\): choose one, such as .*{kind}:train"):
         find_images(str(splits / kind))
+
+
+def test_a_test_split_that_changed_is_not_answered_with_its_earlier_score(run, tmp_path, capsys):
+    test = plant(tmp_path / "test", COLOURS, 4)
+    arguments = ["vision", "fine-tune", str(run), f"--test-data={test}", "--epochs=1", f"--output={tmp_path / 'out'}"]
+    assert main(arguments) == 0
+    (test / "red" / "00.png").rename(test / "blue" / "99.png")
+    assert main(arguments) == 2
+    assert "was begun with other settings: content was" in capsys.readouterr().err
+
+
+def test_data_are_not_scored_on_themselves(run):
+    config, _ = open_image_run(run)
+    with pytest.raises(UserError, match=r"is --data itself"):
+        open_image_run(run, test_data=config.domain_options.data)
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_simclr_v2_leaves_a_trace(tmp_path, capsys):
+    data = plant(tmp_path / "data", COLOURS, 6)
+    arguments = [f"--data={data}", "--encoder=small-conv-8", "--epochs=1", "--labels", "0.5"]
+    assert main(["vision", "simclr-v2", *arguments, f"--output={tmp_path / 'out'}"]) == 2
+    assert "batch_size from 2 to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.data.images import Classes, ImageSource, to_classes
+from contrastive_mm.vision.data.images import Classes, ImageSource, printable, to_classes
 from contrastive_mm.vision.data.integrity import ends_of_file
 from contrastive_mm.vision.data.packed import open_idx, open_parquet
 from contrastive_mm.vision.data.shards import open_tars
@@ -98,10 +98,8 @@ def _open_files(path: Path, names: list[str]) -> ImageSource:
     def full(number: int) -> str:
         return os.path.join(root, names[number])
 
-    # Names that are not UTF-8 on the disk can be opened, but neither printed nor written into a table.
-    ids = [name if name.isascii() else name.encode("utf-8", "backslashreplace").decode() for name in names]
     return ImageSource(
-        ids,
+        [printable(name) for name in names],
         lambda number: Image.open(full(number)),
         *_classes_by_folder(path, names),
         ends=lambda number: ends_of_file(full(number)),

@@ -51,6 +51,11 @@ class ImageSource:
         return len(self.ids)
 
 
+def printable(name: str) -> str:
+    """A name that can be printed and written into a table: one that is not UTF-8 on the disk can't be."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
+
+
 Classes = tuple[Tensor, list[str]] | tuple[None, None]
 
 
@@ -79,7 +84,10 @@ def to_classes(values: Sequence[Any], where: str, names: list[str] | None = None
         try:
             distinct = sorted(set(labelled))
         except TypeError as error:
-            raise UserError(f"{where} holds {type(labelled[0]).__name__}, not names or numbers of classes.") from error
+            kinds = " beside ".join(sorted({type(value).__name__ for value in labelled}))
+            raise UserError(
+                f"{where} holds {kinds}; it must hold the classes' names alone or their numbers."
+            ) from error
         numbers = {value: number for number, value in enumerate(distinct)}
         names = [str(value) for value in distinct]
     else:

@@ -147,6 +147,7 @@ class CropBatches(EpochBatches):
         note_broken: told of each broken sample and the cause; it may stop the run by an error.
         seed: decides order and crops.
         prefetch: batches in the making beyond the one in use.
+        identity: as in ``EpochBatches``.
 
     Raises:
         UserError: batch_size below 2 or above num_samples.
@@ -162,8 +163,9 @@ class CropBatches(EpochBatches):
         note_broken: Callable[[int, Exception], None],
         seed: int = 0,
         prefetch: int = 4,
+        identity: str | None = None,
     ) -> None:
-        super().__init__(num_samples, batch_size, seed)
+        super().__init__(num_samples, batch_size, seed, identity=identity)
         self._workers = workers
         self._open_image = open_image
         self._describe = describe

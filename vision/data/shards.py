@@ -15,7 +15,7 @@ from PIL import Image
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.progress import progress
-from contrastive_mm.vision.data.images import ImageSource, to_classes
+from contrastive_mm.vision.data.images import ImageSource, printable, to_classes
 from contrastive_mm.vision.data.integrity import END_BYTES, Ends, ends_of
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "img")
@@ -97,7 +97,7 @@ class _Index:
         suffix = image_member(members)
         if suffix is None:
             return
-        name = f"{os.path.basename(self.paths[shard])}/{key}"
+        name = printable(f"{os.path.basename(self.paths[shard])}/{key}")
         texts: dict[str, bytes] = {kind: _content(tar, members[kind]) for kind in ("cls", "json") if kind in members}
         self.ids.append(name)
         self.labels.append(label_of(texts, name))
@@ -133,7 +133,7 @@ def open_tars(paths: list[str]) -> ImageSource:
     index = _Index(paths)
     for shard in progress(range(len(paths)), desc="index", unit="shard"):
         _index_shard(index, shard)
-    classes = to_classes(index.labels, f"the labels of {paths[0]}")
+    classes = to_classes(index.labels, f"the list of labels in {paths[0]}")
     return ImageSource(index.ids, lambda number: Image.open(io.BytesIO(index.read(number))), *classes, ends=index.ends)
 
 

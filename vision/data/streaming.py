@@ -120,9 +120,8 @@ class _TarShard(Shard):
                 if suffix is not None:
                     yield Sample(name, members[suffix], label if isinstance(label, int) else None)
         except (OSError, ValueError, tarfile.TarError) as error:
-            raise UserError(
-                f"The shard {self._path} can't be read behind sample {self._number}: {error.args[0]}."
-            ) from error
+            reason = getattr(error, "strerror", None) or error.args[0]
+            raise UserError(f"The shard {self._path} can't be read behind sample {self._number}: {reason}.") from error
 
     def _members(self) -> Iterator[dict[str, Any]]:
         from webdataset.gopen import gopen

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from contrastive_mm.errors import UserError
-from contrastive_mm.vision.dense.data import BoxChecks, DenseData, Scene, Task, encode_region
+from contrastive_mm.vision.dense.data import BoxChecks, DenseData, Scene, Task, encode_region, mask_tools
 
 PARTS = ("images", "annotations", "categories")
+IDENTIFIER, NAME, PIXELS = "a number or a text", "a text", "a number of pixels"
+KINDS = {
+    **dict.fromkeys(("id", "image_id", "category_id", "name"), IDENTIFIER),
+    **{"file_name": NAME, "height": PIXELS, "width": PIXELS},
+}
 
 
 def read_coco(
@@ -27,7 +33,7 @@ def read_coco(
     """
     content = _content(file)
     names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-    ordered = list(class_names) if class_names is not None else [names[key] for key in sorted(names)]
+    ordered = list(class_names) if class_names is not None else [names[key] for key in _in_order(names)]
     if len(set(ordered)) < len(ordered):
         raise UserError(f"{file} has two categories of one name: {sorted(ordered)}.")
     objects = _by_image(file, content, names, ordered)
@@ -52,12 +58,21 @@ def _content(file: Path) -> dict[str, Any]:
         for number, entry in enumerate(content[part]):
             if lacking := [key for key in keys if not isinstance(entry, dict) or key not in entry]:
                 raise UserError(f"{file}: {part}[{number}] has no {lacking[0]!r}.")
+            for key in keys:
+                if key in KINDS and not _is_kind(entry[key], KINDS[key]):
+                    raise UserError(f"{file}: {part}[{number}] has the {key} {entry[key]!r}; it must be {KINDS[key]}.")
     for part in PARTS:
         ids = [entry["id"] for entry in content[part]]
         if len(set(ids)) < len(ids):
             twice = next(key for key in ids if ids.count(key) > 1)
             raise UserError(f"{file}: the id {twice} stands twice in {part!r}.")
     return content
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if kind == PIXELS:
+        return isinstance(value, (int, float, str)) and re.fullmatch(r"[1-9]\d*(\.0*)?", str(value)) is not None
+    return isinstance(value, str if kind == NAME else (str, int, float))
 
 
 def _by_image(
@@ -72,13 +87,18 @@ def _by_image(
         if annotation["image_id"] not in objects:
             raise UserError(f"{place}: there is no image {annotation['image_id']}.")
         if category not in names:
-            raise UserError(f"{place}: there is no category {category}; known: {_some(sorted(names))}.")
+            raise UserError(f"{place}: there is no category {category}; known: {_some(_in_order(names))}.")
         if names[category] not in numbers:
             raise UserError(
                 f"{place}: the class {names[category]!r} is not among the training data's: {_some(ordered)}."
             )
         objects[annotation["image_id"]].append({**annotation, "class": numbers[names[category]]})
     return objects
+
+
+def _in_order(keys: Iterable[Any]) -> list[Any]:
+    """Ids in ascending order, numbers before texts."""
+    return sorted(keys, key=lambda key: (isinstance(key, str), key))
 
 
 def _some(values: Sequence[Any]) -> str:
@@ -97,7 +117,7 @@ def _image_folder(file: Path, content: dict[str, Any]) -> Path:
 def _scene(
     file: Path, entry: dict[str, Any], objects: list[dict[str, Any]], folder: Path, task: Task, checks: BoxChecks
 ) -> Scene:
-    height, width = int(entry["height"]), int(entry["width"])
+    height, width = int(float(entry["height"])), int(float(entry["width"]))
     boxes, classes, crowd, regions = [], [], [], []
     for annotation in objects:
         place = f"{file}, annotation {annotation['id']}"
@@ -130,8 +150,26 @@ def _region(annotation: dict[str, Any], height: int, width: int, place: str) -> 
     if not region:
         raise UserError(f"{place} has no 'segmentation'; masks and classes of pixels are learned from it.")
     try:
-        return encode_region(region, height, width)
+        encoded = encode_region(region, height, width)
+        if isinstance(region, dict):
+            _check_counts(region, height, width)
+        return encoded
     except UserError:
         raise
     except Exception as error:  # pycocotools raises errors of many kinds
         raise UserError(f"{place}: its 'segmentation' is none of COCO's formats ({error}).") from error
+
+
+def _check_counts(region: dict[str, Any], height: int, width: int) -> None:
+    """Make sure that run lengths are of a mask of the image's size, all of it.
+
+    Raises:
+        ValueError: they aren't, or they are garbled.
+    """
+    if list(region["size"]) != [height, width]:
+        raise ValueError(f"its size is {region['size']}, the image's [{height}, {width}]")
+    counts = region["counts"]
+    if isinstance(counts, list) and sum(counts) != height * width:
+        raise ValueError(f"its counts are of {sum(counts)} pixels, the image has {height * width}")
+    if not isinstance(counts, list):
+        mask_tools().decode(region)

@@ -93,7 +93,11 @@ class DenseData:
 
 
 def read_dense_data(
-    data: str, task: Task, images: Path | None = None, class_names: Sequence[str] | None = None
+    data: str,
+    task: Task,
+    images: Path | None = None,
+    class_names: Sequence[str] | None = None,
+    option: str = "--data",
 ) -> DenseData:
     """Annotated images, checked as a whole before anything is trained.
 
@@ -103,6 +107,7 @@ def read_dense_data(
         task: what will be learned.
         images: folder of the images of a COCO file; by default beside it, or in ``images`` or the folder of its split.
         class_names: classes of the training data, which test data must share.
+        option: what names the data, for messages.
 
     Raises:
         UserError: there are no such data, or what an annotation says can't be; the message names file and annotation.
@@ -113,27 +118,29 @@ def read_dense_data(
     folder, _, split = data.partition(":") if not Path(data).exists() else (data, "", "")
     place = Path(folder)
     if not place.exists():
-        raise UserError(f"--data {data}: there is no {place}.")
+        raise UserError(f"{option} {data}: there is no {place}.")
     if place.is_dir() and ((place / "JPEGImages").is_dir() or (place / "Annotations").is_dir()):
         found = read_voc(place, split, task, class_names)
     else:
-        found = read_coco(_coco_file(place), task, images, class_names)
+        if split:
+            raise UserError(f"{option} {data}: COCO data have no splits; each has a file of its own. Give {place}.")
+        found = read_coco(_coco_file(place, option), task, images, class_names)
     if not found.scenes:
-        raise UserError(f"--data {data} holds no images.")
+        raise UserError(f"{option} {data} holds no images.")
     if len(found.class_names) > MOST_CLASSES:
         raise UserError(f"{data} has {len(found.class_names)} classes; more than {MOST_CLASSES} don't fit a byte.")
     return dataclasses.replace(found, source=data, scenes=list(_checked(found)))
 
 
-def _coco_file(place: Path) -> Path:
+def _coco_file(place: Path, option: str) -> Path:
     if place.is_file():
         return place
     files = sorted(place.glob("*.json")) or sorted((place / "annotations").glob("*.json"))
     if len(files) != 1:
         names = ", ".join(file.name for file in files[:5]) or "none"
         raise UserError(
-            f"--data {place} is neither a folder in VOC's layout (JPEGImages, Annotations) nor one with a single COCO "
-            f"file (found: {names}). Give the .json file itself."
+            f"{option} {place} is neither a folder in VOC's layout (JPEGImages, Annotations) nor one with a single "
+            f"COCO file (found: {names}). Give the .json file itself."
         )
     return files[0]
 

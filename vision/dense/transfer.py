@@ -33,7 +33,7 @@ from contrastive_mm.vision.views.presets import Normalisation
 Start = Literal["run", "random", "pretrained"]
 
 MODEL_FILE = "model.safetensors"
-LARGEST_SIDE = 512
+SMALLEST_SIDE, LARGEST_SIDE = 16, 512
 PICTURES = 6
 
 
@@ -53,13 +53,13 @@ class AnnotatedImages:
     validation_share: float = 0.2
     """Without --test-data: share of the images that is held back to score on, the same ones whatever the seed."""
     image_size: int | None = None
-    """Longer side of the images in pixels; by default the largest one's, at most 512."""
+    """Longer side of the images in pixels; by default the largest one's, at least 16 and at most 512."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
             raise UserError(f"--validation-share {self.validation_share}; it must lie between 0 and 1.")
-        if self.image_size is not None and self.image_size < 16:
-            raise UserError(f"--image-size {self.image_size}; it must be at least 16.")
+        if self.image_size is not None and self.image_size < SMALLEST_SIDE:
+            raise UserError(f"--image-size {self.image_size}; it must be at least {SMALLEST_SIDE}.")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def transfer(run: Path, annotated: AnnotatedImages, task: DenseTask, training: T
     task.check_packages()
     train_data, test_data = _read(annotated, task)
     task.check_test_data(test_data)
-    size = annotated.image_size or min(LARGEST_SIDE, max(max(s.height, s.width) for s in train_data.scenes))
+    size = annotated.image_size or _side(train_data)
     folder = training.output or run / task.name
     clear_stages(folder, ("run", "random", "pretrained"), f"{task.name}.json", training.overwrite)
     trainings = {
@@ -181,11 +181,18 @@ def transfer(run: Path, annotated: AnnotatedImages, task: DenseTask, training: T
     return f"{text_table(*score_rows(task, result))}\n\nPictures: {folder / 'report.html'}"
 
 
+def _side(data: DenseData) -> int:
+    largest = max(max(scene.height, scene.width) for scene in data.scenes)
+    return max(SMALLEST_SIDE, min(LARGEST_SIDE, largest))
+
+
 def _read(annotated: AnnotatedImages, task: DenseTask) -> tuple[DenseData, DenseData]:
     data = read_dense_data(annotated.data, task.kind, annotated.images)
     if annotated.test_data is None:
         return data.hold_back(annotated.validation_share)
-    return data, read_dense_data(annotated.test_data, task.kind, annotated.test_images, data.class_names)
+    return data, read_dense_data(
+        annotated.test_data, task.kind, annotated.test_images, data.class_names, "--test-data"
+    )
 
 
 def describe_start(saved: SavedEncoder, start: Start) -> str:

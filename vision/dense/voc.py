@@ -58,7 +58,7 @@ def read_voc(folder: Path, split: str, task: Task, class_names: Sequence[str] | 
     listed = folder / "classes.txt"
     known = list(class_names) if class_names is not None else None
     if known is None and listed.is_file():
-        known = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        known = [line.strip() for line in _lines(listed) if line.strip()]
     if task == "classes":
         names = _names(folder, split, "Segmentation", "SegmentationClass", ".png")
         scenes = [_pixel_scene(folder, name) for name in names]
@@ -70,6 +70,13 @@ def read_voc(folder: Path, split: str, task: Task, class_names: Sequence[str] | 
     scenes = [annotation.scene(_image(folder, annotation.file.stem), ordered, checks) for annotation in found]
     checks.report()
     return DenseData(str(folder), ordered, scenes)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8 ({error}): save it as such.") from error
 
 
 def _names(folder: Path, split: str, kind: str, annotations: str, ending: str) -> list[str]:
@@ -84,7 +91,7 @@ def _names(folder: Path, split: str, kind: str, annotations: str, ending: str) -
     if not file.is_file():
         known = ", ".join(sorted(other.stem for other in place.glob("*.txt"))) or "none"
         raise UserError(f"There is no {file}; splits there: {known}.")
-    return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.split()[0] for line in _lines(file) if line.strip()]
 
 
 def _image(folder: Path, name: str) -> Path:

@@ -99,7 +99,7 @@ def build_image_encoder(
     """
     if small_stem is None:
         small_stem = image_size <= SMALL_IMAGE and not pretrained
-    if name in OWN_ENCODERS or _small_conv(name):
+    if is_own_encoder(name):
         encoder = _own_encoder(name, image_size, pretrained, small_stem)
     else:
         library, model = find_library(name)
@@ -108,6 +108,11 @@ def build_image_encoder(
     if freeze_patches:
         freeze_patch_projection(encoder, name)
     return encoder
+
+
+def is_own_encoder(name: str) -> bool:
+    """Whether a name means an encoder of this package, and not a library's."""
+    return name in OWN_ENCODERS or _small_conv(name) is not None
 
 
 def find_library(name: str) -> tuple[str, str]:

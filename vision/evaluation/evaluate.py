@@ -182,16 +182,12 @@ def _encoders(
 
 def _subject(run: Path, config: RunConfig[Any, Any], features: FrozenFeatures) -> dict[str, Any]:
     """What results are of: equal where the weights and the images are."""
-    domain, images = features.domain, hashlib.sha256()
-    for name in domain.images.ids:
-        images.update(name.encode() + b"\0")
-    if domain.labels is not None:
-        images.update(domain.labels.numpy().tobytes())
+    domain = features.domain
     return {
         "encoder": hashlib.sha256((run / ENCODER_FILE).read_bytes()).hexdigest(),
         "untrained_seed": config.trainer.seed,
         "data": config.domain_options.data,
-        "images": images.hexdigest(),
+        "images": domain.digest,
         "train": len(features.train_rows),
         "held_back": len(features.held_back_rows),
         "image_size": domain.image_size,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from contrastive_mm.vision.encoders.backbones import ImageEncoder
-from contrastive_mm.vision.encoders.build import OWN_ENCODERS
+from contrastive_mm.vision.encoders.build import is_own_encoder
 from contrastive_mm.vision.encoders.libraries import find_timm, torchvision_names, use_small_stem
 from contrastive_mm.vision.encoders.transformers import VisionTransformerEncoder
 
@@ -129,7 +129,7 @@ def _candidate(
 ) -> Construction | None:
     if isinstance(encoder, VisionTransformerEncoder):
         return _transformer(library, encoder.model)
-    if name in OWN_ENCODERS:
+    if is_own_encoder(name):
         return None
     bare = name.rpartition("/")[2].partition(".")[0]
     resnet = small_stem and hasattr(encoder.model, "maxpool") and hasattr(encoder.model, "layer1")

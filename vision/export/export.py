@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tyro.conf import Positional
 
-from contrastive_mm.checkpoint import load_encoder, load_weights, write_atomically
+from contrastive_mm.checkpoint import load_encoder, load_weights, save_with_torch, write_atomically
 from contrastive_mm.errors import UserError
+from contrastive_mm.evaluation import read_results
 from contrastive_mm.vision.encoders.backbones import ImageEncoder
 from contrastive_mm.vision.encoders.build import SMALL_IMAGE, build_image_encoder
 from contrastive_mm.vision.export.constructions import (
@@ -112,20 +113,9 @@ def read_run(run: Path) -> SavedEncoder:
     small_stem = image_size <= SMALL_IMAGE and not options.get("pretrained")
     encoder = build_image_encoder(name, image_size, small_stem=small_stem)
     load_encoder(encoder, run / "encoder.safetensors")
-    return SavedEncoder(encoder.eval(), name, image_size, small_stem, options, _read_scores(run / "evaluation.json"))
-
-
-def _read_scores(evaluation: Path) -> dict[str, Any] | None:
-    if not evaluation.is_file():
-        return None
-    try:
-        found = json.loads(evaluation.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{evaluation} can't be read ({error}): evaluate the run again, or delete the file."
-        ) from error
-    # A killed evaluation has results of some protocols, and no scores yet.
-    return found if isinstance(found, dict) and "scores" in found else None
+    found = read_results(run / "evaluation.json")
+    scores = found if isinstance(found.get("scores"), dict) else None  # an evaluation that was killed has none
+    return SavedEncoder(encoder.eval(), name, image_size, small_stem, options, scores)
 
 
 def plain_weights(encoder: ImageEncoder) -> dict[str, Tensor]:
@@ -155,9 +145,12 @@ def load_exported(folder: Path | str) -> ImageEncoder:
     config, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
     if not config.is_file() or not weights.is_file():
         raise UserError(f"{folder} holds no exported encoder: config.json or model.safetensors is missing.")
-    own = json.loads(config.read_text(encoding="utf-8")).get(OWN_PART)
-    if own is None:
-        raise UserError(f"{config} has no part {OWN_PART!r}: contrastive-mm vision export did not write it.")
+    own = read_results(config).get(OWN_PART)
+    if not isinstance(own, dict) or not {"encoder", "image_size", "small_stem"} <= own.keys():
+        raise UserError(
+            f"{config} has no part {OWN_PART!r} that says which encoder it is: contrastive-mm vision export did not "
+            "write it, or it was changed. Export again."
+        )
     encoder = build_image_encoder(own["encoder"], own["image_size"], small_stem=own["small_stem"])
     load_weights(_plain_module(encoder), load_file(weights), str(weights))
     return encoder.eval()
@@ -179,7 +172,7 @@ def _write_state_dict(saved: SavedEncoder, output: Path, library: Library) -> st
             "Take --format safetensors, onnx or hub."
         )
     weights = construction.rename(plain_weights(saved.encoder))
-    write_atomically(output, lambda temporary: torch.save(weights, temporary))
+    write_atomically(output, lambda temporary: save_with_torch(weights, temporary))
     return construction.code(f"torch.load({str(output)!r})")
 
 
@@ -226,6 +219,8 @@ def _write_onnx(saved: SavedEncoder, output: Path) -> str:
         try:
             _trace(saved, temporary)
             difference = _difference(saved, runtime, temporary)  # before the file gets its name
+        except OSError:  # the disk's fault, and write_atomically says so
+            raise
         except Exception as error:  # exporter and runtime each have errors of their own
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(

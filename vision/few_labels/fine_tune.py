@@ -19,7 +19,7 @@ from contrastive_mm.methods import get_method
 from contrastive_mm.report import text_table
 from contrastive_mm.runs import ENCODER_FILE
 from contrastive_mm.vision.domain import ImageDomain
-from contrastive_mm.vision.few_labels.classifiers import Classifier
+from contrastive_mm.vision.few_labels.classifiers import Classifier, held_back
 from contrastive_mm.vision.few_labels.fine_tuning import FineTuningConfig
 from contrastive_mm.vision.few_labels.labelled import draw_labelled
 from contrastive_mm.vision.few_labels.training import FewLabels
@@ -60,6 +60,7 @@ def fine_tune(
         options: of the training.
     """
     config, domain = open_image_run(run, data, test_data)
+    held_back(domain)  # without a score at the end, no training is begun
     base = config.trainer if seed is None else dataclasses.replace(config.trainer, seed=seed)
     parts = (name_of_data(data, test_data), f"labels-{labels:g}-seed-{base.seed}")
     folder = output or run / "fine-tuning" / "-".join(part for part in parts if part)

@@ -104,6 +104,12 @@ def _checked_domain(
     """The images; what only the last stage would stumble over is refused here, before the first."""
     domain = ImageDomain(settings.domain_options, settings.trainer.seed, test_data=test_data)
     held_back(domain)
+    size, images = settings.domain_options.batch_size, len(domain.train_rows)
+    if size > images:
+        raise UserError(
+            f"The pretraining's batch_size is {size}, but there are {images} training images: give a recipe with a "
+            f"batch_size from 2 to {images} (--config)."
+        )
     for share in labels:
         draw_labelled(domain.labels, domain.train_rows, share, 0)
     for name in (settings.domain_options.encoder, student):

@@ -142,7 +142,7 @@ class FewLabels:
         rows = torch.stack([self.labelled.rows, self.labelled.labels])
         domain = self.domain
         data = {"data": domain.config.data, "test_data": domain.test_data, "images": len(domain.train_rows)}
-        return data | {"labelled": fingerprint(rows)}
+        return data | {"labelled": fingerprint(rows), "content": domain.digest}
 
     def _views(self) -> LightViews:
         preset, own = self.domain.make_views.preset, self.options

@@ -46,17 +46,18 @@ def own_change(change: Change, images: Tensor, generator: torch.Generator) -> Te
     """An augmentation of one's own, which must give images as it was given them.
 
     Raises:
-        UserError: it gives something else than a tensor of the same shape, type and device.
+        UserError: it gives something else than a tensor of the same shape, type and device, or NaN or infinity.
     """
     changed: Any = change(images, generator)
-    wanted = _kind(images)
+    wanted, name = _kind(images), getattr(change, "__name__", type(change).__name__)
     if not isinstance(changed, Tensor) or _kind(changed) != wanted:
         found = ", ".join(map(str, _kind(changed))) if isinstance(changed, Tensor) else type(changed).__name__
-        name = getattr(change, "__name__", type(change).__name__)
         raise UserError(
             f"The augmentation's own change {name} gave {found} for {', '.join(map(str, wanted))}: let it return "
             "images in 0..1 of the shape, type and device that it is given."
         )
+    if not bool(torch.isfinite(changed).all()):
+        raise UserError(f"The augmentation's own change {name} gave NaN or infinity; its values must lie in 0..1.")
     return changed
 
 
@@ -173,6 +174,10 @@ def find_preset(name: str) -> Preset:
         found = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--augmentation {name} can't be found: {error}. Write package.module:name.") from error
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
+        raise UserError(
+            f"--augmentation {name}: importing {name.partition(':')[0]} fails with {type(error).__name__}: {error}."
+        ) from error
     if isinstance(found, Recipe):
         return Preset(found)
     if not isinstance(found, Preset):
