@@ -13,7 +13,6 @@ from torch import Tensor
 
 from contrastive_mm.checkpoint import load_weights
 from contrastive_mm.errors import UserError
-from contrastive_mm.runs import ENCODER_FILE
 from contrastive_mm.vision.encoders.backbones import ImageEncoder
 from contrastive_mm.vision.encoders.build import build_image_encoder
 from contrastive_mm.vision.export.export import SavedEncoder, read_run
@@ -21,7 +20,7 @@ from contrastive_mm.vision.views.presets import Normalisation
 
 LABELS = {"run": "from the run", "random": "from random weights", "pretrained": "from published weights"}
 """The starts that have a name; any other is a path."""
-ENCODER_PART = "encoder."
+ENCODER_FILE, ENCODER_PART = "encoder.safetensors", "encoder."
 
 
 def label(start: str) -> str:
