@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from scenes import coco_scenes, write_json
 
-from contrastive_mm.checkpoint import load_encoder
+from contrastive_mm.checkpoint import load_encoder, save_encoder
 from contrastive_mm.cli import main
 from contrastive_mm.errors import UserError
 from contrastive_mm.metrics import read_metrics
@@ -28,6 +28,7 @@ from contrastive_mm.vision.dense.pictures import detection_picture
 from contrastive_mm.vision.dense.pyramid import PyramidBackbone
 from contrastive_mm.vision.encoders.build import build_image_encoder
 from contrastive_mm.vision.export.export import read_run
+from contrastive_mm.vision.few_labels.classifiers import Classifier
 
 # pycocotools 2.0.11 and NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -302,6 +303,65 @@ def test_the_runs_weights_are_in_the_detector_before_its_first_step(run, tmp_pat
         assert main(["vision", "detect", str(run), f"--output={tmp_path / start}", *flags]) == 130
     assert same == {"run": True, "random": False}
     assert torch.equal(*heads), "what is new is the same for both"
+
+
+def test_other_runs_encoders_and_classifiers_are_begun_from(run, tmp_path, capsys, monkeypatch):
+    """Weights that are known before: a run's folder, its encoder's file, and a classifier around the same encoder."""
+    data = coco_scenes(tmp_path / "data", 10)
+    other = tmp_path / "other"
+    flags = ["--data=digits", "--image-size=16", "--encoder=small-conv-4", "--steps=1", "--batch-size=16"]
+    assert main(["vision", f"--output={other}", "--seed=5", *flags]) == 0
+    wanted = read_run(other).encoder.state_dict()
+    save_encoder(Classifier(read_run(other).encoder, 3), tmp_path / "classifier.safetensors")
+    starts = [other, other / "encoder.safetensors", tmp_path / "classifier.safetensors"]
+    began = {}
+
+    def look(trainer, resume):
+        weights = trainer.method.detector.backbone.encoder.state_dict()
+        began[trainer.output.name] = all(torch.equal(value.cpu(), wanted[name]) for name, value in weights.items())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train", look)
+        for start in ["run", *starts]:
+            command = ["vision", "detect", str(run), f"--output={tmp_path / 'seen'}", f"--initialise={start}"]
+            assert main([*command, *options(data)]) == 130
+    assert began.pop("run") is False
+    assert len(began) == 3
+    assert all(began.values())
+    # Two of them in one command: each has its own folder, rows and picture.
+    folder = tmp_path / "out"
+    command = ["vision", "detect", str(run), f"--output={folder}", "--initialise", "run", str(other)]
+    assert main([*command, *options(data)]) == 0
+    assert f"from {other}" in capsys.readouterr().out
+    result = json.loads((folder / "detection.json").read_text())
+    assert list(result["scores"]) == ["run", str(other)]
+    assert result["began"][str(other)] == "simclr for 1 steps on digits, which began from random weights"
+    (made,) = folder.glob("from-*")
+    (made / "stale").touch()
+    assert main([*command, *options(data), "--overwrite"]) == 0
+    assert not (made / "stale").exists()
+
+
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_deleted(run, tmp_path, capsys):
+    data = coco_scenes(tmp_path / "data", 10)
+    other, folder = tmp_path / "other", tmp_path / "out"
+    flags = ["--data=digits", "--image-size=16", "--encoder=small-conv-2", "--steps=1", "--batch-size=16"]
+    assert main(["vision", f"--output={other}", *flags]) == 0
+    (tmp_path / "text.safetensors").write_text("no weights")
+    (folder / "random").mkdir(parents=True)
+    messages = {
+        other: "its encoder is small-conv-2 with the small-image stem, the run's is small-conv-4 with",
+        other / "encoder.safetensors": "encoder.safetensors belongs to another architecture: layers.0.0.weight has",
+        tmp_path / "text.safetensors": "text.safetensors can't be read as safetensors",
+        tmp_path / "supervised": "supervised is none of run, random, pretrained, and there is no such file",
+        tmp_path: f"{tmp_path} holds no run",
+    }
+    for start, message in messages.items():
+        command = ["vision", "detect", str(run), f"--output={folder}", f"--initialise={start}", "--overwrite"]
+        assert main([*command, *options(data)]) == 2
+        assert message in capsys.readouterr().err
+    assert (folder / "random").is_dir()
 
 
 @pytest.mark.parametrize(

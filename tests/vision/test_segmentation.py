@@ -22,6 +22,7 @@ from contrastive_mm.vision.dense.segmentation import (
     mean_overlap,
     segment_scenes,
 )
+from contrastive_mm.vision.dense.tasks import SegmentationTask
 from contrastive_mm.vision.encoders.build import build_image_encoder
 
 # pycocotools 2.0.11 and NumPy 2.
@@ -76,9 +77,25 @@ def test_a_perfect_guess_scores_one_and_no_pixel_is_an_error(tmp_path):
 )
 def test_logits_are_of_every_pixel_and_heads_sit_at_their_stride(head, name, small_stem, level):
     encoder = build_image_encoder(name, 64, small_stem=small_stem)
-    segmenter = Segmenter(PyramidBackbone(encoder, 64, width=8), 3, head)
-    assert segmenter.backbone.strides[int(segmenter.level)] == level[head]
-    assert segmenter(torch.rand(2, 3, 64, 64)).shape == (2, 4, 64, 64)
+    finest = SegmentationTask(SegmentationConfig(head=head)).finest
+    whole, own = (Segmenter(PyramidBackbone(encoder, 64, 8, finest=stride), 3, head) for stride in (None, finest))
+    for segmenter in (whole, own):
+        assert segmenter.backbone.strides[int(segmenter.level)] == level[head]
+        assert segmenter(torch.rand(2, 3, 64, 64)).shape == (2, 4, 64, 64)
+    assert own.level == "0", "no level finer than the head's is computed"
+    own.load_state_dict({name: (whole.state_dict() | _moved(whole, own))[name] for name in own.state_dict()})
+    image = torch.rand(2, 3, 64, 64)
+    assert torch.allclose(own.eval()(image), whole.eval()(image), atol=1e-6)
+
+
+def _moved(whole, own):
+    """The pyramid's layers of ``whole``, under the names that they have in ``own``, which has fewer."""
+    gone, weights = int(whole.level), whole.backbone.pyramid.state_dict()
+    renamed = {}
+    for name in own.backbone.pyramid.state_dict():
+        blocks, number, rest = name.split(".", 2)
+        renamed[f"backbone.pyramid.{name}"] = weights[f"{blocks}.{int(number) + gone}.{rest}"]
+    return renamed
 
 
 def test_images_are_brought_to_what_the_encoder_was_trained_to_see():

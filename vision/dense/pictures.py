@@ -21,6 +21,7 @@ SHOWN_SCORE = 0.5
 MOST_IN_LEGEND = 30
 CELL = 2.6
 """Inches."""
+LONGEST_TITLE = 36
 LINE = 0.25
 
 
@@ -84,7 +85,9 @@ def _grid(data: DenseData, titles: Sequence[str]) -> tuple[Figure, Any]:
     for axes in panels.flatten():
         axes.set(xticks=[], yticks=[])
     for axes, title in zip(panels[0], titles, strict=True):
-        axes.set_title(plain(title), fontsize=10)
+        # Of a path, the end tells most.
+        short = title if len(title) <= LONGEST_TITLE else f"...{title[3 - LONGEST_TITLE :]}"
+        axes.set_title(plain(short), fontsize=10)
     return figure, panels
 
 

@@ -31,7 +31,8 @@ class PyramidBackbone(nn.Module):
     """An encoder's feature maps, joined by a feature pyramid network (Lin et al. 2017, arXiv 1612.03144).
 
     Levels finer than the images have use for are left out: those of stride 1, and those of more than 336 places a
-    side. Above the coarsest map, levels are added by pooling until their anchors span half the image.
+    side; with ``finest``, those finer than it. Above the coarsest map, levels are added by pooling until their anchors
+    span half the image.
 
     Attributes:
         out_channels: channels of each level.
@@ -45,6 +46,7 @@ class PyramidBackbone(nn.Module):
         batch_norm: whether the encoder's BatchNorm layers go on learning from the batches, or keep their statistics
             and their weights as torchvision's recipes do.
         freeze: keep all of the encoder as it is, BatchNorm's statistics too.
+        finest: stride of the finest level that is used; the level nearest to it is the first. None keeps all.
 
     Shapes:
         (B, 3, S, S) -> a dictionary of (B, width, S / stride, S / stride).
@@ -60,6 +62,7 @@ class PyramidBackbone(nn.Module):
         width: int = 256,
         batch_norm: BatchNorm = "trained",
         freeze: bool = False,
+        finest: int | None = None,
     ) -> None:
         super().__init__()
         with refuse_size(type(encoder).__name__, image_size):
@@ -69,6 +72,8 @@ class PyramidBackbone(nn.Module):
         self.image_size = image_size
         self._keeps_statistics = freeze or batch_norm == "frozen"
         self.first = _first_level(encoder.map_strides, image_size)
+        if finest is not None:
+            self.first += _nearest(encoder.map_strides[self.first :], finest)
         strides = encoder.map_strides[self.first :]
         self.levels = [str(level) for level in range(len(strides))]
         self._pooled = _pooled_levels(strides[-1], image_size)
@@ -112,14 +117,18 @@ class PyramidBackbone(nn.Module):
 
     def level_near(self, stride: int) -> str:
         """The level from a map whose stride is nearest to this one."""
-        distances = [abs(math.log2(own / stride)) for own in self.strides[: len(self.levels)]]
-        return self.levels[distances.index(min(distances))]
+        return self.levels[_nearest(self.strides[: len(self.levels)], stride)]
 
 
 def _first_level(strides: list[int], image_size: int) -> int:
     """The finest level that is used; the coarsest map always is."""
     finest = max(FINEST_STRIDE, image_size / MOST_PLACES)
     return next((level for level, stride in enumerate(strides) if stride >= finest), len(strides) - 1)
+
+
+def _nearest(strides: list[int], stride: int) -> int:
+    distances = [abs(math.log2(own / stride)) for own in strides]
+    return distances.index(min(distances))
 
 
 def _pooled_levels(stride: int, image_size: int) -> int:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from contrastive_mm.metrics import read_metrics
 from contrastive_mm.report import Page, loss_plot
+from contrastive_mm.vision.dense.starts import folder_name, label
 from contrastive_mm.vision.dense.tasks import DenseTask
-
-
-def label(start: str) -> str:
-    """What an initialisation is called in tables and pictures."""
-    return {"run": "from the run", "random": "from random weights", "pretrained": "from published weights"}[start]
 
 
 def score_rows(task: DenseTask, result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -48,7 +44,8 @@ def transfer_page(folder: Path, task: DenseTask, result: Mapping[str, Any], pict
     """
     page = Page(f"{task.title} with {result['encoder']}")
     for start, text in result["began"].items():
-        page.add_text(f"{label(start).capitalize()}: {text}.")
+        name = label(start)
+        page.add_text(f"{name[0].upper()}{name[1:]}: {text}.")
     counts = f"{result['training_images']} images trained on, {result['test_images']} scored"
     options: Mapping[str, Any] = result["options"]
     page.add_text(
@@ -57,9 +54,7 @@ def transfer_page(folder: Path, task: DenseTask, result: Mapping[str, Any], pict
     )
     page.add_table("Scores after the last step", *score_rows(task, result))
     page.add_picture(task.caption, picture)
-    starts: Sequence[str] = list(result["scores"])
-    page.add_picture(
-        "Loss", loss_plot({label(start): read_metrics(folder / start / "metrics.jsonl") for start in starts})
-    )
+    logs = {label(start): folder / folder_name(start) / "metrics.jsonl" for start in result["scores"]}
+    page.add_picture("Loss", loss_plot({name: read_metrics(log) for name, log in logs.items()}))
     page.add_table(task.by_class.replace("_", " "), *_class_table(task, result))
     return page

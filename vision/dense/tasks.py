@@ -23,6 +23,7 @@ from contrastive_mm.vision.dense.options import DenseConfig
 from contrastive_mm.vision.dense.pictures import SHOWN_SCORE, detection_picture, segmentation_picture
 from contrastive_mm.vision.dense.pyramid import PyramidBackbone
 from contrastive_mm.vision.dense.segmentation import (
+    HEAD_STRIDE,
     Segmentation,
     SegmentationConfig,
     Segmenter,
@@ -61,6 +62,11 @@ class DenseTask(Protocol):
     @property
     def config(self) -> DenseConfig:
         """The options."""
+        ...
+
+    @property
+    def finest(self) -> int | None:
+        """Stride of the finest level of the pyramid that it uses; None for all of them."""
         ...
 
     def check_packages(self) -> None:
@@ -102,6 +108,7 @@ class DetectionTask:
     title: ClassVar[str] = "Object detection"
     caption: ClassVar[str] = f"Held-back images: objects found with a score of at least {100 * SHOWN_SCORE:.0f} of 100"
     by_class: ClassVar[str] = "AP_by_class"
+    finest: ClassVar[int | None] = None
 
     @property
     def kind(self) -> Task:
@@ -156,6 +163,11 @@ class SegmentationTask:
     by_class: ClassVar[str] = "IoU_by_class"
     kind: ClassVar[Task] = "classes"
     columns: ClassVar[Sequence[str]] = ("mIoU", "pixel_accuracy")
+
+    @property
+    def finest(self) -> int:
+        """The head's own level: a finer one would be computed in vain."""
+        return HEAD_STRIDE[self.config.head]
 
     def check_packages(self) -> None:
         """VOC's data need none; COCO's are decoded when they are read, and name what is missing."""

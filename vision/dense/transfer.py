@@ -21,16 +21,13 @@ from contrastive_mm.vision.dense.batches import SceneLoader, SceneViews, scene_b
 from contrastive_mm.vision.dense.data import DenseData, read_dense_data
 from contrastive_mm.vision.dense.detection import DetectionConfig
 from contrastive_mm.vision.dense.pyramid import PyramidBackbone
-from contrastive_mm.vision.dense.report import label, score_rows, transfer_page
+from contrastive_mm.vision.dense.report import score_rows, transfer_page
 from contrastive_mm.vision.dense.segmentation import SegmentationConfig
+from contrastive_mm.vision.dense.starts import LABELS, describe_start, folder_name, label, start_encoder
 from contrastive_mm.vision.dense.tasks import DenseTask, DetectionTask, SegmentationTask
-from contrastive_mm.vision.encoders.build import build_image_encoder
 from contrastive_mm.vision.export.export import SavedEncoder, read_run
 from contrastive_mm.vision.few_labels.fine_tune import clear_stages
 from contrastive_mm.vision.few_labels.stages import fingerprint, run_stage
-from contrastive_mm.vision.views.presets import Normalisation
-
-Start = Literal["run", "random", "pretrained"]
 
 MODEL_FILE = "model.safetensors"
 SMALLEST_SIDE, LARGEST_SIDE = 16, 512
@@ -66,9 +63,10 @@ class AnnotatedImages:
 class Training:
     """How often, where and from what it is trained."""
 
-    initialise: tuple[Start, ...] = ("run", "random")
-    """What the encoder begins with, each a training of its own: the run's weights, random ones, or the library's
-    published ones (pretrained)."""
+    initialise: tuple[str, ...] = ("run", "random")
+    """What the encoder begins with, each a training of its own: the run's weights (run), random ones (random), the
+    library's published ones (pretrained), or others of the same architecture: another run's folder, an
+    encoder.safetensors, or a classifier.safetensors of fine-tune."""
     seed: int = 0
     """Decides new weights, the order and the mirroring; the same for every initialisation."""
     precision: Precision = "no"
@@ -83,8 +81,8 @@ class Training:
     """Delete what that folder holds and begin anew."""
 
     def __post_init__(self) -> None:
-        if not self.initialise or len(set(self.initialise)) < len(self.initialise):
-            raise UserError("--initialise needs run, random or pretrained, or several of them, each once.")
+        if not self.initialise or len({folder_name(start) for start in self.initialise}) < len(self.initialise):
+            raise UserError("--initialise needs run, random, pretrained or paths, one or several, each once.")
 
     def base(self) -> TrainerConfig:
         """As a trainer's options."""
@@ -158,12 +156,13 @@ def transfer(run: Path, annotated: AnnotatedImages, task: DenseTask, training: T
     task.check_test_data(test_data)
     size = annotated.image_size or _side(train_data)
     folder = training.output or run / task.name
-    clear_stages(folder, ("run", "random", "pretrained"), f"{task.name}.json", training.overwrite)
     trainings = {
         start: DenseTraining(task, _model(saved, start, task, size, train_data, training.seed), size, training.base())
         for start in training.initialise
     }
-    scores = {start: one.stage(folder / start, train_data, test_data) for start, one in trainings.items()}
+    earlier = [*LABELS, *(path.name for path in folder.glob("from-*"))]
+    clear_stages(folder, earlier, f"{task.name}.json", training.overwrite)
+    scores = {start: one.stage(folder / folder_name(start), train_data, test_data) for start, one in trainings.items()}
     result = {
         **{"run": str(run), "encoder": saved.name, "image_size": size, "seed": training.seed},
         "began": {start: describe_start(saved, start) for start in training.initialise},
@@ -195,32 +194,13 @@ def _read(annotated: AnnotatedImages, task: DenseTask) -> tuple[DenseData, Dense
     )
 
 
-def describe_start(saved: SavedEncoder, start: Start) -> str:
-    """What the encoder of an initialisation has seen before."""
-    if start == "random":
-        return "random weights"
-    if start == "pretrained":
-        return f"published weights of {saved.name}"
-    method, steps = saved.options.get("method"), saved.options.get("steps")
-    length = f"{steps} steps" if steps else f"{saved.options.get('epochs')} epochs"
-    before = "published weights" if saved.options.get("pretrained") else "random weights"
-    return f"{method} for {length} on {saved.options.get('data')}, which began from {before}"
-
-
-def _model(saved: SavedEncoder, start: Start, task: DenseTask, size: int, data: DenseData, seed: int) -> nn.Module:
+def _model(saved: SavedEncoder, start: str, task: DenseTask, size: int, data: DenseData, seed: int) -> nn.Module:
     """The network with the encoder of one initialisation; its other layers are the same for all."""
-    normalisation: Normalisation = saved.options.get("normalisation") or "half"
     torch.manual_seed(seed)
-    if start == "pretrained":
-        # With the stem that its weights were trained with, on images normalised as most published weights were.
-        encoder, normalisation = build_image_encoder(saved.name, saved.image_size, pretrained=True), "imagenet"
-    else:
-        encoder = build_image_encoder(saved.name, saved.image_size, small_stem=saved.small_stem)
-    if start == "run":
-        encoder.load_state_dict(saved.encoder.state_dict())
+    encoder, normalisation = start_encoder(saved, start)
     torch.manual_seed(seed)
     config = task.config
-    backbone = PyramidBackbone(encoder, size, config.width, config.batch_norm, config.freeze)
+    backbone = PyramidBackbone(encoder, size, config.width, config.batch_norm, config.freeze, task.finest)
     return task.build(backbone, len(data.class_names), normalisation)
 
 
