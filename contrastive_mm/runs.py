@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -174,12 +175,25 @@ def evaluate_run(run: Path, data: str | None = None) -> dict[str, dict[str, floa
     return scores
 
 
-def evaluation_files(run: Path, data: str | None = None) -> tuple[Path, Path]:
-    """Where ``evaluate_run`` writes scores and pictures; other data than the run's own get names of their own."""
-    if data is None:
+def evaluation_files(run: Path, data: str | None = None, test_data: str | None = None) -> tuple[Path, Path]:
+    """Where ``evaluate_run`` writes scores and pictures.
+
+    Other data than the run's own, and a test split, give the files their last name; where that is taken by other data
+    of the same name, some letters besides.
+    """
+    name = name_of_data(data, test_data)
+    if name is None:
         return run / EVALUATION_FILE, run / REPORT_FILE
-    name = re.sub(r"[^\w.-]+", "-", Path(data).name or "data").strip("-")
+    held = read_results(run / f"evaluation-{name}.json")
+    if held and (held.get("test_data") != test_data or (data is not None and held.get("data") != data)):
+        name += "-" + hashlib.sha256(f"{data}\0{test_data}".encode()).hexdigest()[:6]
     return run / f"evaluation-{name}.json", run / f"report-{name}.html"
+
+
+def name_of_data(data: str | None, test_data: str | None = None) -> str | None:
+    """What files about other data than the run's own are called after; None for its own."""
+    parts = [re.sub(r"[^\w.-]+", "-", Path(part).name).strip("-") or "data" for part in (data, test_data) if part]
+    return "-on-".join(parts) or None
 
 
 def add_run_pictures(page: Page, runs: dict[str, Path], before: Embeddings, after: Embeddings) -> None:

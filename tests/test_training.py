@@ -331,3 +331,13 @@ def test_a_second_updater_of_the_same_precision_leaves_the_first_as_it_was():
     make_accelerator("bf16", "cpu")
     assert first.mixed_precision == "bf16"
     assert make_accelerator("no", "cpu").mixed_precision == "no"
+
+
+@pytest.mark.parametrize(("part", "value"), [("random", {}), ("optimizer", {}), ("views", None), ("random", [1])])
+def test_a_checkpoint_that_is_damaged_inside_is_named(tmp_path, part, value):
+    make_trainer(tmp_path).train()
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    state = torch.load(newest, weights_only=True)
+    torch.save({**state, "step": 5, part: value}, newest)
+    with pytest.raises(UserError, match=rf"(?s)The checkpoint .*{newest.name} is damaged .*resume from the one before it"):
+        make_trainer(tmp_path).train(resume=True)

@@ -253,6 +253,15 @@ class Trainer:
             return
         newest = str(self.checkpoints.paths()[-1])
         self._check_checkpoint(state, newest)
+        try:
+            self._take_up(state, newest)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"The checkpoint {newest} is damaged ({type(error).__name__}: {error}). Delete it to resume from the "
+                "one before it."
+            ) from error
+
+    def _take_up(self, state: Mapping[str, Any], newest: str) -> None:
         load_weights(self.method, state["method"], newest)
         self.updater.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"] is not None and self.updater.accelerator.scaler is not None:

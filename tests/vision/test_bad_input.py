@@ -227,3 +227,13 @@ def test_resuming_on_as_many_other_images_is_refused(tmp_path, storage):
     (tmp_path / "2.png").rename(tmp_path / "9.png")
     with pytest.raises(UserError, match="but not the same ones"):
         batches().load_state_dict(saved)
+
+
+@pytest.mark.parametrize("storage", ["memory", "disk"])
+def test_a_pipe_among_the_images_is_named_and_not_waited_on(tmp_path, storage, capsys):
+    for number in range(5):
+        picture(LEVEL).save(tmp_path / f"{number}.png")
+    os.mkfifo(tmp_path / "5.png")
+    domain = ImageDomain(VisionConfig(data=str(tmp_path), max_broken=0.2, storage=storage), 0)
+    assert len(domain.images) == 5
+    assert "5.png (it is no regular file)" in capsys.readouterr().out

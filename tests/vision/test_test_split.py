@@ -53,6 +53,20 @@ def test_the_test_split_scores_and_all_of_the_data_is_learnt_from(run, tmp_path)
     assert written["protocols"]["knn"]["result"]["neighbours"] == 6, "half of a class of 12: nothing is held back"
 
 
+def test_data_of_one_name_do_not_replace_each_others_scores(run, tmp_path):
+    files = []
+    for parent in ("first", "second", "first"):
+        test = tmp_path / parent / "test"
+        if not test.exists():
+            plant(test, COLOURS, 4)
+        found = evaluate_images(run, test_data=str(test), only=("geometry",), output=tmp_path / "out")
+        files.append((found.results_file, found.report))
+    assert files[0] == files[2]
+    assert files[0] != files[1]
+    assert json.loads(files[1][0].read_text())["test_data"] == str(tmp_path / "second" / "test")
+    assert all(path.exists() for pair in files for path in pair)
+
+
 def test_fine_tuning_on_a_test_split_draws_labels_from_all_of_the_data(run, tmp_path, capsys):
     test = plant(tmp_path / "test", COLOURS, 4)
     arguments = ["vision", "fine-tune", str(run), f"--test-data={test}", "--labels=0.5", "--epochs=1"]

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from contrastive_mm.errors import UserError
 from contrastive_mm.vision.data.images import Classes, ImageSource, printable, to_classes
-from contrastive_mm.vision.data.integrity import ends_of_file
+from contrastive_mm.vision.data.integrity import ends_of_file, require_file
 from contrastive_mm.vision.data.packed import open_idx, open_parquet
 from contrastive_mm.vision.data.shards import open_tars
 
@@ -100,7 +100,7 @@ def _open_files(path: Path, names: list[str]) -> ImageSource:
 
     return ImageSource(
         [printable(name) for name in names],
-        lambda number: Image.open(full(number)),
+        lambda number: Image.open(require_file(full(number))),
         *_classes_by_folder(path, names),
         ends=lambda number: ends_of_file(full(number)),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 from collections.abc import Callable
 
@@ -23,8 +25,21 @@ def ends_of(content: bytes) -> Ends:
     return content[:END_BYTES], content[-END_BYTES:], len(content)
 
 
+def require_file(path: str) -> str:
+    """A path, where a file lies there; a pipe would be waited on for ever.
+
+    Raises:
+        ValueError: it is a pipe, a device or a socket.
+        OSError: nothing is there.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+    return path
+
+
 def ends_of_file(path: str) -> Ends:
     """The ends of an image in a file of its own."""
+    require_file(path)
     with open(path, "rb", buffering=0) as file:  # without a buffer: 8 KB from either end would be read for 16 bytes
         head = file.read(END_BYTES)
         size = file.seek(0, 2)

@@ -26,6 +26,7 @@ from contrastive_mm.runs import (
     METRICS_FILE,
     REPRESENTATIONS,
     add_run_pictures,
+    evaluation_files,
     trained_encoder,
     untrained_encoder,
 )
@@ -39,7 +40,7 @@ from contrastive_mm.vision.evaluation.report import (
     add_evaluation,
     table_rows,
 )
-from contrastive_mm.vision.image_runs import image_evaluation_files, open_image_run
+from contrastive_mm.vision.image_runs import open_image_run
 
 ROBUSTNESS = "robustness"
 PROTOCOL_NAMES = ("knn", "linear", "few-labels", "retrieval", "clustering", ROBUSTNESS, "geometry")
@@ -135,7 +136,7 @@ def evaluate_images(
     device = make_accelerator().device
     encoders = _encoders(run, config, domain, device)
     features = FrozenFeatures(domain, encoders, device, seed)
-    results_file, report = image_evaluation_files(folder, data, test_data)
+    results_file, report = evaluation_files(folder, data, test_data)
     kept = KeptResults(results_file, _subject(run, config, features), overwrite)
     left_out = _reasons(features, tasks)
     _compute(features, {name: task for name, task in tasks.items() if name not in left_out}, kept)

@@ -17,13 +17,13 @@ from contrastive_mm.configuration import RunConfig
 from contrastive_mm.errors import UserError
 from contrastive_mm.methods import get_method
 from contrastive_mm.report import text_table
-from contrastive_mm.runs import ENCODER_FILE
+from contrastive_mm.runs import ENCODER_FILE, name_of_data
 from contrastive_mm.vision.domain import ImageDomain
 from contrastive_mm.vision.few_labels.classifiers import Classifier, held_back
 from contrastive_mm.vision.few_labels.fine_tuning import FineTuningConfig
 from contrastive_mm.vision.few_labels.labelled import draw_labelled
 from contrastive_mm.vision.few_labels.training import FewLabels
-from contrastive_mm.vision.image_runs import name_of_data, open_image_run
+from contrastive_mm.vision.image_runs import open_image_run
 
 RESULT_FILE = "fine_tuning.json"
 STAGES = {"from scratch": "from-scratch", "linear probe": "linear-probe", "fine-tuned": "fine-tuned"}
