@@ -339,5 +339,7 @@ def test_a_checkpoint_that_is_damaged_inside_is_named(tmp_path, part, value):
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
     state = torch.load(newest, weights_only=True)
     torch.save({**state, "step": 5, part: value}, newest)
-    with pytest.raises(UserError, match=rf"(?s)The checkpoint .*{newest.name} is damaged .*resume from the one before it"):
+    with pytest.raises(
+        UserError, match=rf"(?s)The checkpoint .*{newest.name} is damaged .*resume from the one before it"
+    ):
         make_trainer(tmp_path).train(resume=True)

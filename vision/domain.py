@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,8 +27,9 @@ from contrastive_mm.evaluation import (
 from contrastive_mm.progress import progress
 from contrastive_mm.training.accelerator import current_device
 from contrastive_mm.vision.data.digest import images_digest, names_digest
-from contrastive_mm.vision.data.images import ImageSet, ImageSource, join_sources
+from contrastive_mm.vision.data.images import ImageSet, join_sources
 from contrastive_mm.vision.data.loader import CropBatches, CropWorkers
+from contrastive_mm.vision.data.sizes import SMALLEST_VIEW, memory_limit, native_size, stored_size
 from contrastive_mm.vision.data.sources import find_images
 from contrastive_mm.vision.data.stream_batches import StreamBatches
 from contrastive_mm.vision.data.streaming import STREAM, open_stream
@@ -42,10 +42,6 @@ EVALUATION_BATCH = 256
 PROBE_ROWS = 10_000
 FEW_LABELS = (1, 5, 10)
 RAW_SIDE = 32
-SMALLEST_VIEW = 4
-LARGEST_NATIVE = 96
-MEMORY_LIMIT = 4 << 30
-"""Bytes up to which `--storage auto` keeps images decoded."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +128,8 @@ class ImageDomain:
             source = join_sources(source, find_images(test_data), test_data)
         self.image_size = config.image_size or native_size(source, config.data)
         self.config = replace(config, image_size=self.image_size)
-        # Views are cropped from somewhat more than their own size, where images are large enough to have it.
-        stored_size = self.image_size if self.image_size <= LARGEST_NATIVE else self.image_size * 8 // 7
         limit = memory_limit(config.storage, self.image_size)
-        self.images = ImageSet(source, stored_size, config.max_broken, limit, config.workers)
+        self.images = ImageSet(source, stored_size(self.image_size), config.max_broken, limit, config.workers)
         self.labels, self.class_names = self.images.labels, source.class_names
         if test_data is None:
             self.train_rows, self.validation_rows = split_rows(len(self.images), self.labels, config.validation_share)
@@ -295,42 +289,3 @@ class _Thumbnails(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.images.read(self.rows[index].reshape(1))[0].permute(1, 2, 0).numpy()
-
-
-def memory_limit(storage: str, image_size: int) -> int:
-    """Bytes up to which a data set is kept in memory, as decoded squares.
-
-    Large images stay on disk unless asked for: their crops are then taken from the whole image, as the papers' are.
-    """
-    if storage == "auto":
-        return MEMORY_LIMIT if image_size <= LARGEST_NATIVE else 0
-    return sys.maxsize if storage == "memory" else 0
-
-
-def native_size(source: ImageSource, data: str = "the data set") -> int:
-    """Side of the views for a data set: the first readable image's shorter side, or 224 where it is over 96.
-
-    Images of less than 4 pixels a side are passed over: a single one, first by chance, is no measure of the rest.
-
-    Raises:
-        UserError: no image can be opened, or all are smaller.
-    """
-    tiny, reason = 0, ""
-    for number in range(len(source)):
-        try:
-            with source.open_image(number) as image:
-                side = min(image.size)
-        except Exception as error:  # broken; the image set names it
-            reason = reason or f" ({error})"
-            continue
-        if side >= SMALLEST_VIEW:
-            return side if side <= LARGEST_NATIVE else 224
-        tiny += 1
-    if tiny:
-        raise UserError(
-            f"Not one of the {len(source)} images of {data} has {SMALLEST_VIEW} pixels a side, {source.ids[0]} the "
-            "first of them: say with --image-size what they are to be enlarged to."
-        )
-    raise UserError(
-        f"Not one of the {len(source)} images of {data} could be opened, {source.ids[0]} the first of them{reason}."
-    )
