@@ -245,7 +245,7 @@ def test_the_side_is_that_of_the_images_or_224(tmp_path):
 def test_a_tiny_image_that_comes_first_is_no_measure_of_the_rest(tmp_path):
     picture(1, (1, 1)).save(tmp_path / "a.png")
     picture(2, (9, 3)).save(tmp_path / "b.png")
-    with pytest.raises(UserError, match=r"Not one of the 2 images has 4 pixels a side, a\.png .* --image-size"):
+    with pytest.raises(UserError, match=r"Not one of the 2 images of .* has 4 pixels a side, a\.png .* --image-size"):
         ImageDomain(VisionConfig(data=str(tmp_path)), 0)
     picture(3, (30, 20)).save(tmp_path / "c.png")
     domain = ImageDomain(VisionConfig(data=str(tmp_path)), 0)
