@@ -64,7 +64,7 @@ FLAGS = {
     ("simcse", "nlp"): ["--views=dropout", "--dropout=0.1"],
     ("simcse", "rl"): ["--temperature=0.2", "--steps=160"],
     ("simcse", "vision"): ["--temperature=0.5"],
-    ("simsiam", "nlp"): [*CAREFUL, "--learning-rate=2e-3", "--steps=150"],
+    ("simsiam", "nlp"): [*CAREFUL, "--learning-rate=2e-3", "--steps=300"],
     ("simsiam", "rl"): [*CAREFUL, "--learning-rate=5e-4"],
     ("simsiam", "vision"): [*CAREFUL, "--batch-size=64", "--crop-scale=0.5", "--learning-rate=3e-4", "--steps=240"],
     ("supcon", "nlp"): [*HEADLESS, "--steps=40"],
