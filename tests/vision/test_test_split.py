@@ -124,6 +124,19 @@ def test_joined_sources_keep_pixels_names_and_missing_labels(tmp_path):
     assert joined.ends(6) == find_images(str(second)).ends(2)
 
 
+def test_a_test_split_whose_files_have_no_ends_to_look_at_is_scored_from_the_disk(tmp_path):
+    data = tmp_path / "digits"  # a class a digit, as the test split has
+    for number in range(10):
+        (data / str(number)).mkdir(parents=True)
+        for i in range(3):
+            picture(20 * number + i, (8, 8)).save(data / str(number) / f"{i}.png")
+    run = tmp_path / "run"
+    arguments = [f"--data={data}", f"--output={run}", "--steps=1", "--batch-size=8", "--storage=disk"]
+    assert main(["vision", *arguments]) == 0
+    found = evaluate_images(run, test_data="digits", only=("geometry",))
+    assert json.loads(found.results_file.read_text())["subject"]["held_back"] == 1797
+
+
 def test_unlabelled_images_among_labelled_ones_change_no_score(tmp_path):
     """They lie far from all classes: had they a part in learning or scoring, accuracies would not be 1."""
     data = plant(tmp_path / "data", COLOURS, 12)

@@ -126,21 +126,16 @@ def join_sources(first: ImageSource, second: ImageSource, name: str) -> ImageSou
         raise UserError(f"--test-data {name} has the class {strange[0]}, which --data has not (it has {shown}).")
     renumbered = torch.tensor([numbers.get(each, UNLABELLED) for each in second.class_names] + [UNLABELLED])
     labels = torch.cat([first.labels, renumbered[second.labels]])  # -1, for no label, is the last there too
-    count, ends = len(first), (first.ends, second.ends)
-
-    def read_ends(row: int) -> Ends:
-        part, number = (0, row) if row < count else (1, row - count)
-        read = ends[part]
-        if read is None:
-            raise ValueError("its ends can't be read")  # which makes it an image to decode
-        return read(number)
-
+    count, first_ends, second_ends = len(first), first.ends, second.ends
+    ends = None
+    if first_ends is not None and second_ends is not None:
+        ends = lambda row: first_ends(row) if row < count else second_ends(row - count)  # noqa: E731
     return ImageSource(
         first.ids + second.ids,
         lambda row: first.open_image(row) if row < count else second.open_image(row - count),
         labels,
         first.class_names,
-        ends=read_ends,
+        ends=ends,
     )
 
 
